@@ -1,0 +1,726 @@
+"""Checkpoints: read and write the diffusers layout, read the original layout of Black Forest Labs.
+
+Only safetensors are read. Reading goes in four steps, and only the last one touches the numbers: read the headers (names, shapes,
+dtypes); give every tensor our name; build the model on the `meta` device, without memory, and compare; map the tensors from the
+file and make them the parameters. So an error leaves nothing half-loaded, and no memory is allocated twice.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flux_lab.autoencoder import AutoencoderKL
+from flux_lab.clip import CLIPTextModel
+from flux_lab.config import AutoencoderKLConfig, CLIPTextConfig, Config, FluxTransformer2DConfig, T5Config
+from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
+from flux_lab.t5 import T5EncoderModel
+from flux_lab.transformer import FluxTransformer2DModel
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read. Names the file, the key, what was expected and what was found."""
+
+
+# ------------------------------------------------------------------------------------------------ names of the original layout
+
+
+class Renaming(NamedTuple):
+    """One row of a table: a module of the original layout and ours. `{i}` stands for any number, `{layer}` and `{side}` for a word.
+
+    Several names of ours share the rows of one original tensor, in this order.
+    """
+
+    original: str
+    ours: tuple[str, ...]
+    note: str = ""
+
+
+SPLIT = "split by rows"
+SWAP = "the two halves change places: shift, scale -> scale, shift"
+LINEAR = "1x1 convolution -> linear"
+REVERSE = "the levels count the other way"
+
+
+def _attention(prefix: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.{name}" for name in names)
+
+
+_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+TRANSFORMER_RENAMING = (
+    Renaming("time_in.in_layer", ("time_text_embed.timestep_embedder.linear_1",)),
+    Renaming("time_in.out_layer", ("time_text_embed.timestep_embedder.linear_2",)),
+    Renaming("guidance_in.in_layer", ("time_text_embed.guidance_embedder.linear_1",)),
+    Renaming("guidance_in.out_layer", ("time_text_embed.guidance_embedder.linear_2",)),
+    Renaming("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
+    Renaming("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
+    Renaming("txt_in", ("context_embedder",)),
+    Renaming("img_in", ("x_embedder",)),
+    Renaming("double_blocks.{i}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
+    Renaming("double_blocks.{i}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
+    Renaming("double_blocks.{i}.img_attn.qkv", _attention(f"{_DOUBLE}.attn", "to_q", "to_k", "to_v"), SPLIT),
+    Renaming("double_blocks.{i}.txt_attn.qkv", _attention(f"{_DOUBLE}.attn", "add_q_proj", "add_k_proj", "add_v_proj"), SPLIT),
+    Renaming("double_blocks.{i}.img_attn.norm.query_norm", (f"{_DOUBLE}.attn.norm_q",)),
+    Renaming("double_blocks.{i}.img_attn.norm.key_norm", (f"{_DOUBLE}.attn.norm_k",)),
+    Renaming("double_blocks.{i}.txt_attn.norm.query_norm", (f"{_DOUBLE}.attn.norm_added_q",)),
+    Renaming("double_blocks.{i}.txt_attn.norm.key_norm", (f"{_DOUBLE}.attn.norm_added_k",)),
+    Renaming("double_blocks.{i}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
+    Renaming("double_blocks.{i}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+    Renaming("double_blocks.{i}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
+    Renaming("double_blocks.{i}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
+    Renaming("double_blocks.{i}.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
+    Renaming("double_blocks.{i}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
+    Renaming("single_blocks.{i}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
+    Renaming("single_blocks.{i}.linear1", (*_attention(f"{_SINGLE}.attn", "to_q", "to_k", "to_v"), f"{_SINGLE}.proj_mlp"), SPLIT),
+    Renaming("single_blocks.{i}.norm.query_norm", (f"{_SINGLE}.attn.norm_q",)),
+    Renaming("single_blocks.{i}.norm.key_norm", (f"{_SINGLE}.attn.norm_k",)),
+    Renaming("single_blocks.{i}.linear2", (f"{_SINGLE}.proj_out",)),
+    Renaming("final_layer.adaLN_modulation.1", ("norm_out.linear",), SWAP),
+    Renaming("final_layer.linear", ("proj_out",)),
+)
+AUTOENCODER_RENAMING = (
+    Renaming("{side}.conv_in", ("{side}.conv_in",)),
+    Renaming("encoder.down.{i}.block.{j}.nin_shortcut", ("encoder.down_blocks.{i}.resnets.{j}.conv_shortcut",)),
+    Renaming("encoder.down.{i}.block.{j}.{layer}", ("encoder.down_blocks.{i}.resnets.{j}.{layer}",)),
+    Renaming("encoder.down.{i}.downsample.conv", ("encoder.down_blocks.{i}.downsamplers.0.conv",)),
+    Renaming("{side}.mid.block_1.{layer}", ("{side}.mid_block.resnets.0.{layer}",)),
+    Renaming("{side}.mid.attn_1.norm", ("{side}.mid_block.attentions.0.group_norm",)),
+    Renaming("{side}.mid.attn_1.q", ("{side}.mid_block.attentions.0.to_q",), LINEAR),
+    Renaming("{side}.mid.attn_1.k", ("{side}.mid_block.attentions.0.to_k",), LINEAR),
+    Renaming("{side}.mid.attn_1.v", ("{side}.mid_block.attentions.0.to_v",), LINEAR),
+    Renaming("{side}.mid.attn_1.proj_out", ("{side}.mid_block.attentions.0.to_out.0",), LINEAR),
+    Renaming("{side}.mid.block_2.{layer}", ("{side}.mid_block.resnets.1.{layer}",)),
+    Renaming("decoder.up.{i}.block.{j}.nin_shortcut", ("decoder.up_blocks.{last-i}.resnets.{j}.conv_shortcut",), REVERSE),
+    Renaming("decoder.up.{i}.block.{j}.{layer}", ("decoder.up_blocks.{last-i}.resnets.{j}.{layer}",), REVERSE),
+    Renaming("decoder.up.{i}.upsample.conv", ("decoder.up_blocks.{last-i}.upsamplers.0.conv",), REVERSE),
+    Renaming("{side}.norm_out", ("{side}.conv_norm_out",)),
+    Renaming("{side}.conv_out", ("{side}.conv_out",)),
+    Renaming("quant_conv", ("quant_conv",)),
+    Renaming("post_quant_conv", ("post_quant_conv",)),
+)
+_PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "side": "encoder|decoder", "layer": "norm1|norm2|conv1|conv2"}
+
+
+def _pattern(row: Renaming) -> re.Pattern:
+    """The row as a regular expression for a whole key. A `scale`, of an RMSNorm, is a `weight` of ours."""
+    escaped = re.sub(r"\\{(\w+)\\}", lambda found: f"(?P<{found[1]}>{_PLACEHOLDERS[found[1]]})", re.escape(row.original))
+    return re.compile(escaped + r"\.(?P<kind>weight|bias|scale)")
+
+
+def rename(key: str, table: tuple[Renaming, ...], levels: int = 0) -> tuple[tuple[str, ...], str] | None:
+    """Our names for a key of the original layout, and the note of its row; None for an unknown key.
+
+    `levels` is the number of levels of the autoencoder: its decoder counts them the other way.
+    """
+    for row in table:
+        if found := _pattern(row).fullmatch(key):
+            words = found.groupdict()
+            kind = "bias" if words.pop("kind") == "bias" else "weight"
+            words["last-i"] = levels - 1 - int(words.get("i", 0))
+            return tuple(f"{name.format(**words)}.{kind}" for name in row.ours), row.note
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------- what each component needs
+
+
+def _infer_transformer(shapes: dict[str, tuple[int, ...]]) -> FluxTransformer2DConfig:
+    """Sizes off the tensors. Nothing tells how the head width is divided among the three axes: 1/8, 7/16, 7/16 as in FLUX.1."""
+    inner_dim, in_channels = shapes["x_embedder.weight"]
+    (head_dim,) = next((shape for name, shape in shapes.items() if name.endswith("attn.norm_q.weight")), (0,))
+    if not head_dim:
+        raise KeyError("transformer_blocks.0.attn.norm_q.weight")
+    side = 2 * (head_dim * 7 // 32)
+    out_channels = shapes["proj_out.weight"][0]
+    return FluxTransformer2DConfig(
+        in_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        num_layers=_count(shapes, r"transformer_blocks\.(\d+)"),
+        num_single_layers=_count(shapes, r"single_transformer_blocks\.(\d+)"),
+        attention_head_dim=head_dim,
+        num_attention_heads=inner_dim // head_dim,
+        joint_attention_dim=shapes["context_embedder.weight"][1],
+        pooled_projection_dim=shapes["time_text_embed.text_embedder.linear_1.weight"][1],
+        guidance_embeds="time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        axes_dims_rope=(head_dim - 2 * side, side, side),
+    )
+
+
+def _infer_autoencoder(shapes: dict[str, tuple[int, ...]]) -> AutoencoderKLConfig:
+    """Sizes off the tensors. Number of groups, scaling and shift factor and sample size are in no tensor: FLUX.1's are taken."""
+    levels = _count(shapes, r"encoder\.down_blocks\.(\d+)")
+    if "quant_conv.weight" in shapes:
+        raise ValueError(
+            "an autoencoder with quant convolutions is not FLUX.1's, and the file does not hold its scaling factor: give config="
+        )
+    return AutoencoderKLConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        block_out_channels=tuple(shapes[f"encoder.down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels)),
+        layers_per_block=_count(shapes, r"encoder\.down_blocks\.0\.resnets\.(\d+)"),
+    )
+
+
+def _count(names: dict[str, Any], pattern: str) -> int:
+    """One more than the largest number that `pattern` finds at the start of a name."""
+    return 1 + max((int(found[1]) for found in (re.match(pattern, name) for name in names) if found), default=-1)
+
+
+class Component(NamedTuple):
+    """What there is to know about the files of one model."""
+
+    model: type[nn.Module]
+    config: type[Config]
+    folder: str
+    weights: str = "diffusion_pytorch_model"
+    prefixes: tuple[str, ...] = ()
+    ignored: str = r"$^"
+    tied: tuple[tuple[str, str], ...] = ()
+    renaming: tuple[Renaming, ...] = ()
+    original_key: str = ""
+    infer: Callable[[dict[str, tuple[int, ...]]], Config] | None = None
+
+
+TRANSFORMER = Component(
+    model=FluxTransformer2DModel,
+    config=FluxTransformer2DConfig,
+    folder="transformer",
+    prefixes=("model.diffusion_model.",),
+    renaming=TRANSFORMER_RENAMING,
+    original_key="img_in.weight",
+    infer=_infer_transformer,
+)
+AUTOENCODER = Component(
+    model=AutoencoderKL,
+    config=AutoencoderKLConfig,
+    folder="vae",
+    prefixes=("first_stage_model.", "vae."),
+    renaming=AUTOENCODER_RENAMING,
+    original_key="encoder.down.0.block.0.conv1.weight",
+    infer=_infer_autoencoder,
+)
+CLIP = Component(
+    model=CLIPTextModel,
+    config=CLIPTextConfig,
+    folder="text_encoder",
+    weights="model",
+    prefixes=("text_model.",),
+    ignored=r"(text_model\.)?embeddings\.position_ids",
+)
+T5 = Component(
+    model=T5EncoderModel,
+    config=T5Config,
+    folder="text_encoder_2",
+    weights="model",
+    ignored=r"decoder\..*|lm_head\..*",
+    tied=(("encoder.embed_tokens.weight", "shared.weight"),),
+)
+COMPONENTS = {component.model: component for component in (TRANSFORMER, AUTOENCODER, CLIP, T5)}
+PIPELINE_CLASS = "FluxPipeline"
+# Folder of a pipeline -> the classes that may be there. None: left out.
+PIPELINE_CLASSES = {
+    "transformer": ("FluxTransformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("T5EncoderModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+    "image_encoder": (None,),
+    "feature_extractor": (None,),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_transformer(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: FluxTransformer2DConfig | None = None
+) -> FluxTransformer2DModel:
+    """Load a transformer from a diffusers folder, one safetensors file in either layout, a pipeline's folder, or a hub id.
+
+    `dtype=None` keeps the file's. A lone file has no configuration: sizes are read off the tensors, and the three axes of the position
+    take 1/8, 7/16 and 7/16 of the head width, (16, 56, 56) of 128; `config` overrides that. Raises CheckpointError.
+    """
+    return _load(TRANSFORMER, path, dtype, device, config)
+
+
+def load_autoencoder(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: AutoencoderKLConfig | None = None
+) -> AutoencoderKL:
+    """Load an autoencoder; as `load_transformer`.
+
+    From a lone file the scaling and shift factor, the number of groups and the sample size are FLUX.1's unless `config` says otherwise.
+    """
+    return _load(AUTOENCODER, path, dtype, device, config)
+
+
+def load_clip(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CLIPTextModel:
+    """Load CLIP's text encoder from a transformers folder, with or without the `text_model.` prefix, a pipeline's folder, or a hub id."""
+    return _load(CLIP, path, dtype, device)
+
+
+def load_t5(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> T5EncoderModel:
+    """Load T5's encoder from a transformers folder, a pipeline's folder, or a hub id. In fp16 its `wo` layers are kept in fp32."""
+    return _load(T5, path, dtype, device)
+
+
+def load_scheduler(path: str | Path) -> FlowMatchEulerDiscreteScheduler:
+    """Read `scheduler_config.json` from its folder or a pipeline's."""
+    folder = local_folder(path, ("scheduler",))
+    file = next(
+        (file for file in (folder / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json") if file.is_file()), None
+    )
+    if file is None:
+        raise CheckpointError(f"{folder}: expected scheduler_config.json, found {_listing(folder)}")
+    values = _read_json(file)
+    _check_class(file, values, "FlowMatchEulerDiscreteScheduler")
+    with _named(file):
+        return FlowMatchEulerDiscreteScheduler.from_config(values)
+
+
+def read_model_index(folder: str | Path) -> dict[str, str | None]:
+    """Read a pipeline's `model_index.json`: the class of each of its folders, None for one that is left out.
+
+    Raises CheckpointError for another pipeline than FluxPipeline, an unknown or missing component, or another class.
+    """
+    file = Path(folder) / "model_index.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder}: expected a pipeline in the diffusers layout with a model_index.json, found {_listing(Path(folder))}"
+        )
+    values = _read_json(file)
+    _check_class(file, values, PIPELINE_CLASS)
+    found = {}
+    for name, entry in values.items():
+        if name.startswith("_"):
+            continue
+        if isinstance(entry, list) and len(entry) == 2:
+            found[name] = entry[1]
+    for name, name_of_class in found.items():
+        allowed = PIPELINE_CLASSES.get(name)
+        if allowed is None or name_of_class not in (*allowed, None):
+            expected = list(PIPELINE_CLASSES) if allowed is None else list(allowed)
+            raise CheckpointError(f"{file}: key {name!r}: expected {expected}, found {name if allowed is None else name_of_class!r}")
+    for name, allowed in PIPELINE_CLASSES.items():
+        if allowed != (None,) and found.get(name) is None:
+            raise CheckpointError(f"{file}: key {name!r} is missing, expected one of {list(allowed)}")
+    return found
+
+
+def _load(
+    component: Component, path: str | Path, dtype: torch.dtype | None, device: torch.device | str, config: Config | None = None
+) -> Any:
+    location = _locate(component, path)
+    header = _read_header(component, location)
+    pieces = _name_pieces(component, location, header)
+    if config is None:
+        config = _read_config(component, location, pieces, header)
+    with torch.device("meta"):
+        model = component.model(config)
+    sources = _match(component, location, model, pieces, header)
+    tensors = _read_tensors(location, sources, device, lambda name, stored: _dtype_of(component, name, dtype or stored))
+    model.load_state_dict({name: tensors[_untied(component, name)] for name in model.state_dict()}, strict=True, assign=True)
+    return model.eval()
+
+
+def _dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtype:
+    """T5 names modules whose result is too large for fp16."""
+    kept = getattr(component.model, "_keep_in_fp32_modules", ())
+    return torch.float32 if dtype == torch.float16 and any(word in kept for word in name.split(".")) else dtype
+
+
+def _untied(component: Component, name: str) -> str:
+    return dict(component.tied).get(name, name)
+
+
+# ------------------------------------------------------------------------------------------------------------ 1. find the files
+
+
+def _locate(component: Component, path: str | Path) -> Path:
+    """The weights file, or the folder that holds them and `config.json`."""
+    if Path(path).is_file():
+        _refuse_pickle(Path(path))
+        return Path(path)
+    folder = local_folder(path, (component.folder,))
+    if (folder / "config.json").is_file():
+        return folder
+    inside = folder / component.folder
+    if (inside / "config.json").is_file():
+        return inside
+    raise CheckpointError(f"{folder}: expected a folder with config.json and {component.weights}.safetensors, found {_listing(folder)}")
+
+
+def local_folder(path: str | Path, components: tuple[str, ...] = tuple(PIPELINE_CLASSES)) -> Path:
+    """`path` if it is a folder; else a hub id, of which the files of `components` are downloaded, or taken from the cache.
+
+    Raises CheckpointError when there is neither, no network, or the model is gated.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
+        raise CheckpointError(
+            f"{path}: expected a folder, a .safetensors file or a hub id such as 'black-forest-labs/FLUX.1-schnell', found nothing"
+        )
+    return _download(str(path), components)
+
+
+def _download(hub_id: str, components: tuple[str, ...]) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_patterns(components)))
+    except errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{hub_id}: this model is gated: accept its licence at https://huggingface.co/{hub_id}, then log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(f"{hub_id}: no such folder here, and no such model on the hub (or it is private: `hf auth login`)") from error
+    except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{hub_id}: no such folder here, not in the hub's cache, and the hub cannot be reached ({error})") from error
+
+
+def _patterns(components: tuple[str, ...]) -> list[str]:
+    """The files of a hub repository that we read: not its other copies of the same weights."""
+    patterns = ["model_index.json"]
+    weights = {component.folder: component.weights for component in COMPONENTS.values()}
+    for folder in components:
+        if folder not in weights:
+            patterns.append(f"{folder}/*")
+            continue
+        for place in (f"{folder}/", ""):
+            stem = f"{place}{weights[folder]}"
+            patterns += [f"{place}config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
+    return list(dict.fromkeys(patterns))
+
+
+def _weight_files(component: Component, location: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files, and the keys to take from each: None for all."""
+    if location.is_file():
+        return {location: None}
+    single, index = location / f"{component.weights}.safetensors", location / f"{component.weights}.safetensors.index.json"
+    if single.is_file():
+        return {single: None}
+    if not index.is_file():
+        for pickled in (file for file in sorted(location.iterdir()) if file.suffix in PICKLE_SUFFIXES):
+            _refuse_pickle(pickled)
+        raise CheckpointError(f"{location}: expected {single.name} or {index.name}, found {_listing(location)}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
+        raise CheckpointError(f"{index}: key 'weight_map': expected a file of this folder for each tensor, found {str(weight_map)[:80]}")
+    files: dict[Path, set[str] | None] = {}
+    for key, name in weight_map.items():
+        files.setdefault(location / name, set()).add(key)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: this shard is missing, {index.name} names it")
+    return files
+
+
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def _refuse_pickle(file: Path) -> None:
+    with file.open("rb") as stream:
+        start = stream.read(4)
+    looks_pickled = start.startswith(b"PK") or (
+        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:3] in b"}]c(\x95\x8a"
+    )
+    if file.suffix in PICKLE_SUFFIXES or looks_pickled:
+        raise CheckpointError(
+            f"{file}: only safetensors are read, found a pickle, which can run any code when it is opened. If you trust it, convert it with "
+            f"diffusers or transformers: `Model.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)`"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- 2. headers and names
+
+
+class Entry(NamedTuple):
+    """One tensor of a file, not yet read."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Piece(NamedTuple):
+    """One tensor of a file and our names for it; more than one when its rows are split."""
+
+    key: str
+    ours: tuple[str, ...]
+    note: str = ""
+
+
+def _read_header(component: Component, location: Path) -> dict[str, Entry]:
+    """Name, shape and dtype of every tensor, without the prefix and what is not ours."""
+    entries = [
+        entry
+        for file, keys in _weight_files(component, location).items()
+        for entry in _read_file_header(file, keys)
+        if not re.fullmatch(component.ignored, entry.key)
+    ]
+    for prefix in component.prefixes:
+        if any(entry.key.startswith(prefix) for entry in entries):
+            return {entry.key.removeprefix(prefix): entry for entry in entries if entry.key.startswith(prefix)}
+    return {entry.key: entry for entry in entries}
+
+
+def _read_file_header(file: Path, keys: set[str] | None) -> list[Entry]:
+    with contextlib.ExitStack() as stack:
+        handle = _open(file, "cpu", stack)
+        present = set(handle.keys())
+        for key in sorted((keys or set()) - present):
+            raise CheckpointError(f"{file}: key {key!r} is missing, the index says it is here")
+        slices = {key: handle.get_slice(key) for key in sorted(present if keys is None else keys)}
+        entries = [Entry(file, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
+    for entry in entries:
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{file}: key {entry.key!r}: expected numbers as {list(DTYPES)}, found {entry.dtype}, a layout that is not supported"
+            )
+    return entries
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _open(file: Path, device: str, stack: contextlib.ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(file, framework="pt", device=device))
+    except (SafetensorError, OSError) as error:
+        _refuse_pickle(file)
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file}: expected a whole safetensors file, found {size} bytes that are truncated or corrupt ({error})"
+        ) from error
+
+
+def _name_pieces(component: Component, location: Path, header: dict[str, Entry]) -> list[Piece]:
+    """Our names for the tensors, in whichever of the layouts they are."""
+    if not component.original_key or component.original_key not in header:
+        pieces = [Piece(key, (_untied(component, key),)) for key in header]
+        return list({piece.ours: piece for piece in pieces}.values())
+    levels = _count(header, r"decoder\.up\.(\d+)")
+    pieces = []
+    for key in header:
+        renamed = rename(key, component.renaming, levels)
+        if renamed is None:
+            raise CheckpointError(
+                f"{header[key].file}: key {header[key].key!r} is not one of the original layout of {component.model.__name__}"
+            )
+        pieces.append(Piece(key, *renamed))
+    return pieces
+
+
+def _read_config(component: Component, location: Path, pieces: list[Piece], header: dict[str, Entry]) -> Config:
+    """From `config.json`; for a lone file without one beside it, from the shapes."""
+    file = (location if location.is_dir() else location.parent) / "config.json"
+    is_original = component.original_key in header
+    if location.is_dir() or (file.is_file() and not is_original and component.config.CLASS_NAME in _classes(_read_json(file))):
+        values = _read_json(file)
+        _check_class(file, values, component.config.CLASS_NAME)
+        with _named(file):
+            return component.config.from_dict(values)
+    if component.infer is None:
+        raise CheckpointError(
+            f"{location}: expected a folder with config.json, found a lone file: {component.model.__name__} needs its configuration"
+        )
+    try:
+        with _named(location):
+            return component.infer({piece.ours[0]: header[piece.key].shape for piece in pieces})
+    except KeyError as error:
+        keys = ", ".join(list(header)[:3])
+        raise CheckpointError(
+            f"{location}: key {error} is missing: expected {component.model.__name__} in the diffusers or the original layout, found {keys}, ..."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------- 3. compare with the meta model
+
+
+class Source(NamedTuple):
+    """Where the numbers of one parameter come from: rows `start` to `stop` of a tensor in a file; all of them if `stop` is None."""
+
+    entry: Entry
+    start: int = 0
+    stop: int | None = None
+    note: str = ""
+
+
+def _match(component: Component, location: Path, model: nn.Module, pieces: list[Piece], header: dict[str, Entry]) -> dict[str, Source]:
+    """Our name -> source, for every parameter. Raises CheckpointError for an extra key, a wrong shape, or a missing key, in this order."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name == _untied(component, name)}
+    sources: dict[str, Source] = {}
+    for piece in pieces:
+        entry = header[piece.key]
+        if any(name not in expected for name in piece.ours):
+            raise CheckpointError(f"{entry.file}: key {entry.key!r} is one too many: expected none such in this {component.model.__name__}")
+        rows = [expected[name][0] for name in piece.ours]
+        shape = (sum(rows), *expected[piece.ours[0]][1:])
+        if entry.shape != shape and not (piece.note == LINEAR and entry.shape == (*shape, 1, 1)):
+            raise CheckpointError(f"{entry.file}: key {entry.key!r}: expected shape {list(shape)}, found {list(entry.shape)}")
+        if len(rows) == 1:
+            sources[piece.ours[0]] = Source(entry, note=piece.note)
+        else:
+            starts = [sum(rows[:part]) for part in range(len(rows))]
+            sources |= {name: Source(entry, start, start + size) for name, start, size in zip(piece.ours, starts, rows, strict=True)}
+    missing = [name for name in expected if name not in sources]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(f"{location}: key {missing[0]!r}{more} is missing, expected shape {list(expected[missing[0]])}")
+    return sources
+
+
+# ------------------------------------------------------------------------------------------------------------ 4. read the numbers
+
+
+def _read_tensors(
+    location: Path, sources: dict[str, Source], device: torch.device | str, dtype_of: Callable[[str, torch.dtype], torch.dtype]
+) -> dict[str, Tensor]:
+    """The parameters. On the CPU they are the file itself, mapped into memory, unless the dtype changes."""
+    with contextlib.ExitStack() as stack:
+        handles = {file: _open(file, str(device), stack) for file in {source.entry.file for source in sources.values()}}
+        return {
+            name: _read(handles[source.entry.file], source).to(dtype_of(name, DTYPES[source.entry.dtype]))
+            for name, source in sources.items()
+        }
+
+
+def _read(handle: Any, source: Source) -> Tensor:
+    if source.stop is not None:
+        return handle.get_slice(source.entry.key)[source.start : source.stop]
+    tensor = handle.get_tensor(source.entry.key)
+    if source.note == SWAP:
+        return torch.cat(tensor.chunk(2)[::-1])
+    if source.note == LINEAR and tensor.ndim == 4:
+        return rearrange(tensor, "out_channels in_channels 1 1 -> out_channels in_channels")
+    return tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write a model in the diffusers layout (the text encoders: transformers'): `config.json` and one safetensors file.
+
+    Both are written under temporary names first. Raises CheckpointError where a sharded checkpoint lies, which would win over ours.
+    """
+    component = COMPONENTS.get(type(model))
+    if component is None:
+        raise TypeError(f"model: expected one of {[known.__name__ for known in COMPONENTS]}, got {type(model).__name__}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    index = folder / f"{component.weights}.safetensors.index.json"
+    if index.exists():
+        raise CheckpointError(f"{index}: this folder holds a sharded checkpoint, choose another")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name == _untied(component, name)}
+    with _replacing(folder / f"{component.weights}.safetensors") as weights, _replacing(folder / "config.json") as config:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        _write_json(config, model.config.to_dict())
+
+
+def write_pipeline(
+    folder: str | Path,
+    *,
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    text_encoder_2: T5EncoderModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    tokenizer: str | Path,
+    tokenizer_2: str | Path,
+) -> None:
+    """Write a whole pipeline in the diffusers layout. The tokenizers are given as folders, which are copied.
+
+    `model_index.json`, which makes the folder a pipeline, is written last.
+    """
+    folder = Path(folder)
+    for name, model in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder), ("text_encoder_2", text_encoder_2)):
+        save_model(model, folder / name)
+    for name, source in (("tokenizer", tokenizer), ("tokenizer_2", tokenizer_2)):
+        if Path(source).resolve() != (folder / name).resolve():
+            shutil.copytree(source, folder / name, dirs_exist_ok=True)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    with _replacing(folder / "scheduler" / "scheduler_config.json") as file:
+        _write_json(file, scheduler.config.to_dict())
+    with _replacing(folder / "model_index.json") as file:
+        _write_json(file, {"_class_name": PIPELINE_CLASS, **_MODEL_INDEX})
+
+
+_MODEL_INDEX = {
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@contextlib.contextmanager
+def _replacing(file: Path):
+    """A temporary name beside `file`, which takes its place when the block ends without an error."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- json
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: expected json, found something else ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: expected a json object, found {type(values).__name__}")
+    return values
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _classes(values: dict[str, Any]) -> list[str]:
+    """The classes that a configuration is for: diffusers says `_class_name`, transformers `architectures`."""
+    return [values["_class_name"]] if "_class_name" in values else list(values.get("architectures") or [])
+
+
+def _check_class(file: Path, values: dict[str, Any], expected: str) -> None:
+    found = _classes(values)
+    if found and expected not in found:
+        raise CheckpointError(f"{file}: expected class {expected!r}, found {found}: this is another kind of model")
+
+
+@contextlib.contextmanager
+def _named(file: Path):
+    """Put the file's name before the message of a configuration that we cannot honour."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else None
+    return "no such folder" if names is None else ", ".join(names[:8]) or "an empty folder"

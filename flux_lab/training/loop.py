@@ -1,0 +1,153 @@
+"""The training loop that all stages share: resumable at any step, logged, on one process or many.
+
+Everything random in a step is drawn from a generator seeded with (seed, step), and the optimizer's state is in the checkpoint: a run
+that was killed goes on as if it had not been. Started with `accelerate launch`, every process takes its share of the same batch.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flux_lab import shapes
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of one run. The rate warms up linearly, stays, and falls linearly to zero over the last `decay` of all steps; so `steps` may
+    be changed when a run is resumed before it has begun to fall. Every other field must stay."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 100
+    decay: float = 0.3
+    weight_decay: float = 0.0
+    ema: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    save_every: int = 250
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        falling = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), falling)
+
+
+def train(task: nn.Module, make_batch: Callable[[int, torch.Generator], dict[str, Tensor]], out: Path, settings: Settings) -> dict[str, Tensor]:
+    """Minimise `task(**batch)["loss"]`; further entries of what the task returns are logged.
+
+    `make_batch(step, generator)` returns the tensors of the whole batch, the same on every process; all share their first axis.
+    Writes `out/checkpoint.safetensors` and `out/log.jsonl`, and returns the trained parameters (their moving average with `ema`).
+    Raises ValueError when `out` holds a run with other settings.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    task = task.to(accelerator.device).train()
+    parameters = dict(task.named_parameters())
+    parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, foreach=True
+    )
+    average = {name: parameter.detach().clone() for name, parameter in parameters.items()} if settings.ema else {}
+    first = _resume(out, settings, parameters, average, optimizer)
+    wrapped = accelerator.prepare(task)
+    log = _Log(out / "log.jsonl", first) if accelerator.is_main_process else None
+
+    with shapes.checks(enabled=False):
+        for step in tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=log is None, mininterval=5):
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+            batch = {
+                name: tensor.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
+                for name, tensor in make_batch(step, generator).items()
+            }
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            results = wrapped(**batch)
+            optimizer.zero_grad()
+            accelerator.backward(results["loss"])
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+            optimizer.step()
+            if average:
+                # A short memory at first, so that the average forgets the random start.
+                keep = min(settings.ema, (step + 1) / (step + 10))
+                torch._foreach_lerp_(list(average.values()), [parameter.detach() for parameter in parameters.values()], 1 - keep)
+            results = {name: accelerator.reduce(value.detach(), "mean").item() for name, value in results.items()}
+            if log is not None:
+                log.write(step, results)
+                if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+                    _save(out, settings, step + 1, parameters, average, optimizer)
+    return average or {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def _save(out: Path, settings: Settings, step: int, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"model.{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        tensors |= {f"optimizer.{name}.{key}": state[key].contiguous() for key in ("exp_avg", "exp_avg_sq", "step")}
+    metadata = {"step": str(step), "settings": json.dumps(dataclasses.asdict(settings))}
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / (CHECKPOINT + ".part")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, out / CHECKPOINT)
+
+
+def _resume(out: Path, settings: Settings, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+    """Load `out`'s checkpoint, if there is one, into everything; the number of steps it has behind it."""
+    if not (out / CHECKPOINT).exists():
+        return 0
+    with safe_open(out / CHECKPOINT, "pt") as file, torch.no_grad():
+        metadata = file.metadata()
+        _check_settings(out, json.loads(metadata["settings"]), dataclasses.asdict(settings))
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(f"model.{name}"))
+            optimizer.state[parameter] = {
+                key: file.get_tensor(f"optimizer.{name}.{key}").to("cpu" if key == "step" else parameter.device)
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        for name in average:
+            average[name].copy_(file.get_tensor(f"average.{name}"))
+    return int(metadata["step"])
+
+
+def _check_settings(out: Path, before: dict, now: dict) -> None:
+    for name, value in before.items():
+        if name not in ("steps", "save_every") and now[name] != value:
+            raise ValueError(f"{out}: holds a run with {name}={value}, asked for {now[name]}; use another folder or remove this one")
+
+
+def load_trained(out: Path) -> dict[str, Tensor]:
+    """The parameters in `out`'s checkpoint: their moving average where the run kept one. Raises FileNotFoundError."""
+    if not (out / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{out / CHECKPOINT}: not there; run the stage that writes it first")
+    with safe_open(out / CHECKPOINT, "pt") as file:
+        names = list(file.keys())
+        prefix = "average." if any(name.startswith("average.") for name in names) else "model."
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+
+
+class _Log:
+    """One json line a step. When a run resumes, the lines after its checkpoint are dropped: those steps are done again."""
+
+    def __init__(self, path: Path, first: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines()[:first] if path.exists() else []
+        path.write_text("".join(line + "\n" for line in lines))
+        self.file = path.open("a", buffering=1)
+        self.start = time.time()
+
+    def write(self, step: int, results: dict[str, float]) -> None:
+        rounded = {name: round(value, 5) for name, value in results.items()}
+        self.file.write(json.dumps({"step": step, **rounded, "seconds": round(time.time() - self.start, 1)}) + "\n")

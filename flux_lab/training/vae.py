@@ -1,0 +1,128 @@
+"""Stage 3: the autoencoder, and the latents of all scenes.
+
+    python -m flux_lab.training.vae --scenes runs/scenes --out runs/vae --steps 6000
+
+Loss: L1 + 2 MSE + 2e-5 KL. Crops of 64 pixels for the first three quarters, then whole pictures. Afterwards the latents' mean and
+standard deviation are measured: they become shift_factor and scaling_factor, so that the transformer sees mean 0 and deviation 1.
+Writes `vae/` (a diffusers folder) and `latents.safetensors` (posterior means, scaled, float16 [scenes, 16, 16, 16]).
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flux_lab import shapes
+from flux_lab.autoencoder import AutoencoderKL
+
+from flux_lab.config import MINI_VAE, AutoencoderKLConfig
+from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.scenes import read_images
+
+CROP = 64
+CROPS_UNTIL = 0.75
+KL_WEIGHT = 2e-5
+FIRST_LOGVAR = -6.0
+
+
+class VAELoss(nn.Module):
+    """The autoencoder with its training loss."""
+
+    def __init__(self, config: AutoencoderKLConfig):
+        super().__init__()
+        self.vae = AutoencoderKL(config)
+        # Start with little noise in the latents: otherwise it hides the picture, and training takes much longer to begin.
+        nn.init.constant_(self.vae.encoder.conv_out.bias[config.latent_channels :], FIRST_LOGVAR)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"], noise: Float[Tensor, "batch channels rows columns"]) -> dict[str, Tensor]:
+        posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last))
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise)
+        absolute, square = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
+        kl = posterior.kl().mean() / images[0, 0].numel()
+        # Pixels span 2, so the peak of the signal-to-noise ratio is 4 / MSE.
+        return {"loss": absolute + 2 * square + KL_WEIGHT * kl, "psnr": 10 * torch.log10(4 / square), "kl": kl}
+
+
+class Pictures:
+    """Batches of random crops, later of whole pictures with as many pixels."""
+
+    def __init__(self, images: np.ndarray, settings: Settings, config: AutoencoderKLConfig):
+        self.images, self.settings, self.config = images, settings, config
+
+    def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        size = self.images.shape[1]
+        crop = CROP if step < CROPS_UNTIL * self.settings.steps else size
+        count = max(1, self.settings.batch_size * CROP**2 // crop**2)
+        which = torch.randint(len(self.images), (count,), generator=generator).tolist()
+        corners = torch.randint(size - crop + 1, (count, 2), generator=generator).tolist()
+        crops = [self.images[i, top : top + crop, left : left + crop] for i, (top, left) in zip(which, corners, strict=True)]
+        side = crop // self.config.vae_scale_factor
+        noise = torch.randn(count, self.config.latent_channels, side, side, generator=generator)
+        return {"images": to_tensor(np.stack(crops)), "noise": noise}
+
+
+def to_tensor(images: np.ndarray) -> Float[Tensor, "batch 3 height width"]:
+    """uint8 pictures to [-1, 1]."""
+    return rearrange(torch.from_numpy(images), "batch height width channels -> batch channels height width").float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> Float[Tensor, "scenes channels rows columns"]:
+    """The posterior means of all pictures, unscaled, float16."""
+    device = next(vae.parameters()).device
+    with shapes.checks(enabled=False):
+        means = [vae.encode(to_tensor(images[i : i + batch]).to(device)).mode().half().cpu() for i in tqdm(range(0, len(images), batch), mininterval=5)]
+    return torch.cat(means)
+
+
+def measured_scaling(config: AutoencoderKLConfig, latents: Tensor) -> AutoencoderKLConfig:
+    """The configuration with the shift and the factor that give these latents mean 0 and standard deviation 1."""
+    values = latents.float()
+    return dataclasses.replace(config, shift_factor=round(values.mean().item(), 4), scaling_factor=round(1 / values.std().item(), 4))
+
+
+def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> AutoencoderKLConfig:
+    """Write the trained autoencoder with its measured scaling, and the scaled latents of `images`."""
+    trained = {name.removeprefix("vae."): tensor for name, tensor in load_trained(out).items()}
+    vae = AutoencoderKL(config).eval().to(memory_format=torch.channels_last)
+    vae.load_state_dict(trained)
+    latents = encode_all(vae.to("cuda" if torch.cuda.is_available() else "cpu"), images)
+    vae.config = measured_scaling(config, latents)
+    from flux_lab.checkpoints import save_model
+    save_model(vae.cpu(), out / "vae")
+    scaled = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+    temporary = out / "latents.safetensors.part"
+    save_file({"latents": scaled.half()}, temporary)
+    os.replace(temporary, out / "latents.safetensors")
+    return vae.config
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"))
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"))
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=16, help="crops a step")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    images = read_images(options.scenes)
+    settings = Settings(steps=options.steps, batch_size=options.batch, learning_rate=options.rate, ema=0.998, seed=options.seed)
+    torch.manual_seed(options.seed)
+    train(VAELoss(MINI_VAE), Pictures(images, settings, MINI_VAE), options.out, settings)
+    config = export(options.out, MINI_VAE, images)
+    print(f"shift_factor {config.shift_factor}, scaling_factor {config.scaling_factor}")
+
+
+if __name__ == "__main__":
+    main()
