@@ -34,8 +34,12 @@ class Attend(nn.Module):
         key: Float[Tensor, "batch sequence heads head_dim"],
         value: Float[Tensor, "batch sequence heads head_dim"],
     ) -> Float[Tensor, "batch sequence heads head_dim"]:
-        query, key, value = (rearrange(each, "batch sequence heads head_dim -> batch heads sequence head_dim") for each in (query, key, value))
-        return rearrange(F.scaled_dot_product_attention(query, key, value), "batch heads sequence head_dim -> batch sequence heads head_dim")
+        query, key, value = (
+            rearrange(each, "batch sequence heads head_dim -> batch heads sequence head_dim") for each in (query, key, value)
+        )
+        return rearrange(
+            F.scaled_dot_product_attention(query, key, value), "batch heads sequence head_dim -> batch sequence heads head_dim"
+        )
 
 
 class FluxAttention(nn.Module):

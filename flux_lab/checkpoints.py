@@ -6,11 +6,12 @@ file and make them the parameters. So an error leaves nothing half-loaded, and n
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ from flux_lab.transformer import FluxTransformer2DModel
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read. Names the file, the key, what was expected and what was found."""
+
+    def __init__(self, file: str | Path, expected: str, found: object = None, key: str | None = None):
+        where = f"{file}: " if key is None else f"{file}: key {key!r}: "
+        super().__init__(where + (expected if found is None else f"expected {expected}, found {found}"))
 
 
 # ------------------------------------------------------------------------------------------------ names of the original layout
@@ -131,15 +136,13 @@ def rename(key: str, table: tuple[Renaming, ...], levels: int = 0) -> tuple[tupl
     return None
 
 
-# ----------------------------------------------------------------------------------------------------- what each component needs
+# ------------------------------------------------------------------------------------------------------ what each component needs
 
 
 def _infer_transformer(shapes: dict[str, tuple[int, ...]]) -> FluxTransformer2DConfig:
-    """Sizes off the tensors. Nothing tells how the head width is divided among the three axes: 1/8, 7/16, 7/16 as in FLUX.1."""
+    """Sizes off the tensors. No tensor tells how the head width is divided among the three axes: 1/8, 7/16, 7/16 as in FLUX.1."""
     inner_dim, in_channels = shapes["x_embedder.weight"]
-    (head_dim,) = next((shape for name, shape in shapes.items() if name.endswith("attn.norm_q.weight")), (0,))
-    if not head_dim:
-        raise KeyError("transformer_blocks.0.attn.norm_q.weight")
+    (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
     side = 2 * (head_dim * 7 // 32)
     out_channels = shapes["proj_out.weight"][0]
     return FluxTransformer2DConfig(
@@ -157,12 +160,10 @@ def _infer_transformer(shapes: dict[str, tuple[int, ...]]) -> FluxTransformer2DC
 
 
 def _infer_autoencoder(shapes: dict[str, tuple[int, ...]]) -> AutoencoderKLConfig:
-    """Sizes off the tensors. Number of groups, scaling and shift factor and sample size are in no tensor: FLUX.1's are taken."""
-    levels = _count(shapes, r"encoder\.down_blocks\.(\d+)")
+    """Sizes off the tensors. Groups, scaling factor, shift factor and sample size are in no tensor: FLUX.1's are taken."""
     if "quant_conv.weight" in shapes:
-        raise ValueError(
-            "an autoencoder with quant convolutions is not FLUX.1's, and the file does not hold its scaling factor: give config="
-        )
+        raise ValueError("an autoencoder with quant convolutions is not FLUX.1's, so its scaling factor is unknown: give config=")
+    levels = _count(shapes, r"encoder\.down_blocks\.(\d+)")
     return AutoencoderKLConfig(
         in_channels=shapes["encoder.conv_in.weight"][1],
         out_channels=shapes["decoder.conv_out.weight"][0],
@@ -172,21 +173,25 @@ def _infer_autoencoder(shapes: dict[str, tuple[int, ...]]) -> AutoencoderKLConfi
     )
 
 
-def _count(names: dict[str, Any], pattern: str) -> int:
+def _count(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number that `pattern` finds at the start of a name."""
     return 1 + max((int(found[1]) for found in (re.match(pattern, name) for name in names) if found), default=-1)
 
 
 class Component(NamedTuple):
-    """What there is to know about the files of one model."""
+    """What there is to know about the files of one model.
+
+    `ignored` keys are dropped, one of `prefixes` is stripped, `tied` keys are another name of the same tensor; a file with
+    `original_key` is in the original layout.
+    """
 
     model: type[nn.Module]
     config: type[Config]
     folder: str
-    weights: str = "diffusion_pytorch_model"
+    weights: str
     prefixes: tuple[str, ...] = ()
     ignored: str = r"$^"
-    tied: tuple[tuple[str, str], ...] = ()
+    tied: dict[str, str] = {}  # noqa: RUF012
     renaming: tuple[Renaming, ...] = ()
     original_key: str = ""
     infer: Callable[[dict[str, tuple[int, ...]]], Config] | None = None
@@ -196,6 +201,7 @@ TRANSFORMER = Component(
     model=FluxTransformer2DModel,
     config=FluxTransformer2DConfig,
     folder="transformer",
+    weights="diffusion_pytorch_model",
     prefixes=("model.diffusion_model.",),
     renaming=TRANSFORMER_RENAMING,
     original_key="img_in.weight",
@@ -205,6 +211,7 @@ AUTOENCODER = Component(
     model=AutoencoderKL,
     config=AutoencoderKLConfig,
     folder="vae",
+    weights="diffusion_pytorch_model",
     prefixes=("first_stage_model.", "vae."),
     renaming=AUTOENCODER_RENAMING,
     original_key="encoder.down.0.block.0.conv1.weight",
@@ -223,22 +230,20 @@ T5 = Component(
     config=T5Config,
     folder="text_encoder_2",
     weights="model",
-    ignored=r"decoder\..*|lm_head\..*",
-    tied=(("encoder.embed_tokens.weight", "shared.weight"),),
+    ignored=r"(decoder|lm_head)\..*",
+    tied={"encoder.embed_tokens.weight": "shared.weight"},
 )
-COMPONENTS = {component.model: component for component in (TRANSFORMER, AUTOENCODER, CLIP, T5)}
+COMPONENTS = {component.folder: component for component in (TRANSFORMER, AUTOENCODER, CLIP, T5)}
+# What model_index.json says: folder -> library and class. The first of several names is the one that we write.
 PIPELINE_CLASS = "FluxPipeline"
-# Folder of a pipeline -> the classes that may be there. None: left out.
-PIPELINE_CLASSES = {
-    "transformer": ("FluxTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("T5EncoderModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "tokenizer_2": ("T5Tokenizer", "T5TokenizerFast"),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-    "image_encoder": (None,),
-    "feature_extractor": (None,),
+PIPELINE_PARTS = {
+    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("transformers", "T5TokenizerFast", "T5Tokenizer"),
+    "transformer": ("diffusers", "FluxTransformer2DModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
 }
 
 
@@ -250,8 +255,8 @@ def load_transformer(
 ) -> FluxTransformer2DModel:
     """Load a transformer from a diffusers folder, one safetensors file in either layout, a pipeline's folder, or a hub id.
 
-    `dtype=None` keeps the file's. A lone file has no configuration: sizes are read off the tensors, and the three axes of the position
-    take 1/8, 7/16 and 7/16 of the head width, (16, 56, 56) of 128; `config` overrides that. Raises CheckpointError.
+    `dtype=None` keeps the file's. A lone file has no configuration: sizes are read off the tensors, and the three axes of a position
+    get 1/8, 7/16 and 7/16 of the head width, which is (16, 56, 56) of 128; `config` overrides that. Raises CheckpointError.
     """
     return _load(TRANSFORMER, path, dtype, device, config)
 
@@ -261,7 +266,7 @@ def load_autoencoder(
 ) -> AutoencoderKL:
     """Load an autoencoder; as `load_transformer`.
 
-    From a lone file the scaling and shift factor, the number of groups and the sample size are FLUX.1's unless `config` says otherwise.
+    For a lone file the scaling and shift factor, the number of groups and the sample size are FLUX.1's unless `config` says otherwise.
     """
     return _load(AUTOENCODER, path, dtype, device, config)
 
@@ -277,154 +282,118 @@ def load_t5(path: str | Path, dtype: torch.dtype | None = None, device: torch.de
 
 
 def load_scheduler(path: str | Path) -> FlowMatchEulerDiscreteScheduler:
-    """Read `scheduler_config.json` from its folder or a pipeline's."""
-    folder = local_folder(path, ("scheduler",))
-    file = next(
-        (file for file in (folder / "scheduler_config.json", folder / "scheduler" / "scheduler_config.json") if file.is_file()), None
-    )
-    if file is None:
-        raise CheckpointError(f"{folder}: expected scheduler_config.json, found {_listing(folder)}")
+    """Read `scheduler_config.json` from its folder, a pipeline's, or a hub id."""
+    folder = local_folder(path, ["scheduler"])
+    file = folder / "scheduler_config.json"
+    if not file.is_file():
+        file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        raise CheckpointError(folder, "scheduler_config.json", _listing(folder))
     values = _read_json(file)
     _check_class(file, values, "FlowMatchEulerDiscreteScheduler")
-    with _named(file):
+    with _naming(file):
         return FlowMatchEulerDiscreteScheduler.from_config(values)
 
 
-def read_model_index(folder: str | Path) -> dict[str, str | None]:
-    """Read a pipeline's `model_index.json`: the class of each of its folders, None for one that is left out.
+def read_model_index(folder: str | Path) -> dict[str, str]:
+    """Read a pipeline's `model_index.json`: the class of each of its folders.
 
-    Raises CheckpointError for another pipeline than FluxPipeline, an unknown or missing component, or another class.
+    Raises CheckpointError for another pipeline than FluxPipeline, and for an unknown, missing or other component.
     """
     file = Path(folder) / "model_index.json"
     if not file.is_file():
-        raise CheckpointError(
-            f"{folder}: expected a pipeline in the diffusers layout with a model_index.json, found {_listing(Path(folder))}"
-        )
+        raise CheckpointError(folder, "a pipeline in the diffusers layout with model_index.json", _listing(Path(folder)))
     values = _read_json(file)
     _check_class(file, values, PIPELINE_CLASS)
-    found = {}
-    for name, entry in values.items():
-        if name.startswith("_"):
-            continue
-        if isinstance(entry, list) and len(entry) == 2:
-            found[name] = entry[1]
-    for name, name_of_class in found.items():
-        allowed = PIPELINE_CLASSES.get(name)
-        if allowed is None or name_of_class not in (*allowed, None):
-            expected = list(PIPELINE_CLASSES) if allowed is None else list(allowed)
-            raise CheckpointError(f"{file}: key {name!r}: expected {expected}, found {name if allowed is None else name_of_class!r}")
-    for name, allowed in PIPELINE_CLASSES.items():
-        if allowed != (None,) and found.get(name) is None:
-            raise CheckpointError(f"{file}: key {name!r} is missing, expected one of {list(allowed)}")
+    found = {name: entry[1] for name, entry in values.items() if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None}
+    for name in [*found, *PIPELINE_PARTS]:
+        classes = PIPELINE_PARTS.get(name, ("", "null"))[1:]
+        if found.get(name) not in classes:
+            raise CheckpointError(file, f"class {classes[0]}", found.get(name, "nothing"), key=name)
     return found
 
 
-def _load(
-    component: Component, path: str | Path, dtype: torch.dtype | None, device: torch.device | str, config: Config | None = None
-) -> Any:
+def _load(component: Component, path: str | Path, dtype: torch.dtype | None, device: torch.device | str, config: Any = None) -> Any:
     location = _locate(component, path)
     header = _read_header(component, location)
-    pieces = _name_pieces(component, location, header)
-    if config is None:
-        config = _read_config(component, location, pieces, header)
+    pieces = _name_pieces(component, header)
+    config = config or _read_config(component, location, pieces, header)
     with torch.device("meta"):
         model = component.model(config)
+    names = list(model.state_dict())
     sources = _match(component, location, model, pieces, header)
-    tensors = _read_tensors(location, sources, device, lambda name, stored: _dtype_of(component, name, dtype or stored))
-    model.load_state_dict({name: tensors[_untied(component, name)] for name in model.state_dict()}, strict=True, assign=True)
+    tensors = _read_tensors(component, sources, dtype, device)
+    model.load_state_dict({name: tensors[component.tied.get(name, name)] for name in names}, strict=True, assign=True)
     return model.eval()
 
 
-def _dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtype:
-    """T5 names modules whose result is too large for fp16."""
-    kept = getattr(component.model, "_keep_in_fp32_modules", ())
-    return torch.float32 if dtype == torch.float16 and any(word in kept for word in name.split(".")) else dtype
-
-
-def _untied(component: Component, name: str) -> str:
-    return dict(component.tied).get(name, name)
-
-
-# ------------------------------------------------------------------------------------------------------------ 1. find the files
+# ------------------------------------------------------------------------------------------------------------- 1. find the files
 
 
 def _locate(component: Component, path: str | Path) -> Path:
-    """The weights file, or the folder that holds them and `config.json`."""
+    """The weights file, or the folder that holds weights and `config.json`."""
     if Path(path).is_file():
         _refuse_pickle(Path(path))
         return Path(path)
-    folder = local_folder(path, (component.folder,))
-    if (folder / "config.json").is_file():
-        return folder
-    inside = folder / component.folder
-    if (inside / "config.json").is_file():
-        return inside
-    raise CheckpointError(f"{folder}: expected a folder with config.json and {component.weights}.safetensors, found {_listing(folder)}")
+    folder = local_folder(path, [component.folder])
+    for place in (folder, folder / component.folder):
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(folder, f"config.json and {component.weights}.safetensors", _listing(folder))
 
 
-def local_folder(path: str | Path, components: tuple[str, ...] = tuple(PIPELINE_CLASSES)) -> Path:
-    """`path` if it is a folder; else a hub id, of which the files of `components` are downloaded, or taken from the cache.
+def local_folder(path: str | Path, parts: Iterable[str] = PIPELINE_PARTS) -> Path:
+    """`path` if it is a folder; else `path` is a hub id, whose files for `parts` are downloaded, or taken from the cache.
 
-    Raises CheckpointError when there is neither, no network, or the model is gated.
+    Raises CheckpointError when it is neither, when there is no network, and when the model is gated.
     """
     if Path(path).is_dir():
         return Path(path)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)):
-        raise CheckpointError(
-            f"{path}: expected a folder, a .safetensors file or a hub id such as 'black-forest-labs/FLUX.1-schnell', found nothing"
-        )
-    return _download(str(path), components)
-
-
-def _download(hub_id: str, components: tuple[str, ...]) -> Path:
+        raise CheckpointError(path, "a folder, a .safetensors file or a hub id such as 'owner/model'", "no such thing")
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_patterns(components)))
+        return Path(snapshot_download(str(path), allow_patterns=_download_patterns(parts)))
     except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{hub_id}: this model is gated: accept its licence at https://huggingface.co/{hub_id}, then log in with `hf auth login`"
-        ) from error
+        how = f"this model is gated: accept its licence at https://huggingface.co/{path}, then log in with `hf auth login`"
+        raise CheckpointError(path, how) from error
     except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(f"{hub_id}: no such folder here, and no such model on the hub (or it is private: `hf auth login`)") from error
-    except (OSError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
-        raise CheckpointError(f"{hub_id}: no such folder here, not in the hub's cache, and the hub cannot be reached ({error})") from error
+        raise CheckpointError(path, "no such folder, and no such model on the hub, or it is private: `hf auth login`") from error
+    except OSError as error:
+        raise CheckpointError(path, f"no such folder, nor in the hub's cache, and the hub cannot be reached ({error})") from error
 
 
-def _patterns(components: tuple[str, ...]) -> list[str]:
-    """The files of a hub repository that we read: not its other copies of the same weights."""
+def _download_patterns(parts: Iterable[str]) -> list[str]:
+    """The files that we read: not the other copies of the weights that a hub repository may hold."""
     patterns = ["model_index.json"]
-    weights = {component.folder: component.weights for component in COMPONENTS.values()}
-    for folder in components:
-        if folder not in weights:
-            patterns.append(f"{folder}/*")
+    for part in parts:
+        if part not in COMPONENTS:
+            patterns.append(f"{part}/*")
             continue
-        for place in (f"{folder}/", ""):
-            stem = f"{place}{weights[folder]}"
-            patterns += [f"{place}config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors"]
-    return list(dict.fromkeys(patterns))
+        weights = COMPONENTS[part].weights
+        for file in ("config.json", f"{weights}.safetensors", f"{weights}.safetensors.index.json", f"{weights}-*-of-*.safetensors"):
+            patterns += [f"{part}/{file}", file]
+    return patterns
 
 
 def _weight_files(component: Component, location: Path) -> dict[Path, set[str] | None]:
     """The safetensors files, and the keys to take from each: None for all."""
     if location.is_file():
         return {location: None}
-    single, index = location / f"{component.weights}.safetensors", location / f"{component.weights}.safetensors.index.json"
+    single, index = (location / f"{component.weights}.safetensors{suffix}" for suffix in ("", ".index.json"))
     if single.is_file():
         return {single: None}
     if not index.is_file():
         for pickled in (file for file in sorted(location.iterdir()) if file.suffix in PICKLE_SUFFIXES):
             _refuse_pickle(pickled)
-        raise CheckpointError(f"{location}: expected {single.name} or {index.name}, found {_listing(location)}")
+        raise CheckpointError(location, f"{single.name} or {index.name}", _listing(location))
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
-        raise CheckpointError(f"{index}: key 'weight_map': expected a file of this folder for each tensor, found {str(weight_map)[:80]}")
+        raise CheckpointError(index, "for each tensor a file of this folder", str(weight_map)[:80], key="weight_map")
     files: dict[Path, set[str] | None] = {}
     for key, name in weight_map.items():
         files.setdefault(location / name, set()).add(key)
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: this shard is missing, {index.name} names it")
     return files
 
 
@@ -433,18 +402,19 @@ PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 def _refuse_pickle(file: Path) -> None:
     with file.open("rb") as stream:
-        start = stream.read(4)
-    looks_pickled = start.startswith(b"PK") or (
-        start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05" and start[2:3] in b"}]c(\x95\x8a"
-    )
-    if file.suffix in PICKLE_SUFFIXES or looks_pickled:
+        start = stream.read(3)
+    # By its name, or a zip archive, or a pickle's first bytes: its protocol, then a dict or a frame.
+    if file.suffix in PICKLE_SUFFIXES or start[:2] == b"PK" or re.match(rb"\x80[\x02-\x05][}\x95]", start):
+        convert = "`Model.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)` of diffusers or transformers"
         raise CheckpointError(
-            f"{file}: only safetensors are read, found a pickle, which can run any code when it is opened. If you trust it, convert it with "
-            f"diffusers or transformers: `Model.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)`"
+            file, f"only safetensors are read, and this is a pickle, which can run any code. If you trust it, convert it: {convert}"
         )
 
 
-# --------------------------------------------------------------------------------------------------------- 2. headers and names
+# ---------------------------------------------------------------------------------------------------------- 2. headers and names
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Entry(NamedTuple):
@@ -453,7 +423,6 @@ class Entry(NamedTuple):
     file: Path
     key: str
     shape: tuple[int, ...]
-    dtype: str
 
 
 class Piece(NamedTuple):
@@ -465,142 +434,129 @@ class Piece(NamedTuple):
 
 
 def _read_header(component: Component, location: Path) -> dict[str, Entry]:
-    """Name, shape and dtype of every tensor, without the prefix and what is not ours."""
-    entries = [
-        entry
-        for file, keys in _weight_files(component, location).items()
-        for entry in _read_file_header(file, keys)
-        if not re.fullmatch(component.ignored, entry.key)
-    ]
+    """Name and shape of every tensor that is ours, without the prefix."""
+    entries = [entry for file, keys in _weight_files(component, location).items() for entry in _read_file_header(component, file, keys)]
     for prefix in component.prefixes:
         if any(entry.key.startswith(prefix) for entry in entries):
             return {entry.key.removeprefix(prefix): entry for entry in entries if entry.key.startswith(prefix)}
     return {entry.key: entry for entry in entries}
 
 
-def _read_file_header(file: Path, keys: set[str] | None) -> list[Entry]:
+def _read_file_header(component: Component, file: Path, keys: set[str] | None) -> list[Entry]:
+    entries = []
     with contextlib.ExitStack() as stack:
         handle = _open(file, "cpu", stack)
         present = set(handle.keys())
-        for key in sorted((keys or set()) - present):
-            raise CheckpointError(f"{file}: key {key!r} is missing, the index says it is here")
-        slices = {key: handle.get_slice(key) for key in sorted(present if keys is None else keys)}
-        entries = [Entry(file, key, tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()]
-    for entry in entries:
-        if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{file}: key {entry.key!r}: expected numbers as {list(DTYPES)}, found {entry.dtype}, a layout that is not supported"
-            )
+        for key in sorted(present if keys is None else keys):
+            if key not in present:
+                raise CheckpointError(file, "a tensor, which the index says is here", "nothing", key=key)
+            if re.fullmatch(component.ignored, key):
+                continue
+            part = handle.get_slice(key)
+            if part.get_dtype() not in DTYPES:
+                raise CheckpointError(file, f"numbers as {', '.join(DTYPES)}", f"{part.get_dtype()}, which is not supported", key=key)
+            entries.append(Entry(file, key, tuple(part.get_shape())))
     return entries
 
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def _open(file: Path, device: str, stack: contextlib.ExitStack) -> Any:
+    if not file.is_file():
+        raise CheckpointError(file, "a safetensors file, which the index names", "nothing")
     try:
         return stack.enter_context(safe_open(file, framework="pt", device=device))
     except (SafetensorError, OSError) as error:
         _refuse_pickle(file)
-        size = file.stat().st_size
-        raise CheckpointError(
-            f"{file}: expected a whole safetensors file, found {size} bytes that are truncated or corrupt ({error})"
-        ) from error
+        raise CheckpointError(file, "a whole safetensors file", f"{file.stat().st_size} bytes, truncated or corrupt ({error})") from error
 
 
-def _name_pieces(component: Component, location: Path, header: dict[str, Entry]) -> list[Piece]:
+def _name_pieces(component: Component, header: dict[str, Entry]) -> list[Piece]:
     """Our names for the tensors, in whichever of the layouts they are."""
-    if not component.original_key or component.original_key not in header:
-        pieces = [Piece(key, (_untied(component, key),)) for key in header]
-        return list({piece.ours: piece for piece in pieces}.values())
+    if component.original_key not in header:
+        return [Piece(key, (component.tied.get(key, key),)) for key in header]
     levels = _count(header, r"decoder\.up\.(\d+)")
     pieces = []
-    for key in header:
+    for key, entry in header.items():
         renamed = rename(key, component.renaming, levels)
         if renamed is None:
-            raise CheckpointError(
-                f"{header[key].file}: key {header[key].key!r} is not one of the original layout of {component.model.__name__}"
-            )
+            raise CheckpointError(entry.file, f"a name of {component.model.__name__}'s original layout", "another", key=entry.key)
         pieces.append(Piece(key, *renamed))
     return pieces
 
 
 def _read_config(component: Component, location: Path, pieces: list[Piece], header: dict[str, Entry]) -> Config:
-    """From `config.json`; for a lone file without one beside it, from the shapes."""
+    """From `config.json`; for a lone file without its own beside it, from the shapes."""
     file = (location if location.is_dir() else location.parent) / "config.json"
-    is_original = component.original_key in header
-    if location.is_dir() or (file.is_file() and not is_original and component.config.CLASS_NAME in _classes(_read_json(file))):
+    own = component.original_key not in header and file.is_file() and component.config.CLASS_NAME in _classes(_read_json(file))
+    if location.is_dir() or own:
         values = _read_json(file)
         _check_class(file, values, component.config.CLASS_NAME)
-        with _named(file):
+        with _naming(file):
             return component.config.from_dict(values)
     if component.infer is None:
-        raise CheckpointError(
-            f"{location}: expected a folder with config.json, found a lone file: {component.model.__name__} needs its configuration"
-        )
+        raise CheckpointError(location, f"a folder with config.json, which {component.model.__name__} needs", "a lone file")
     try:
-        with _named(location):
+        with _naming(location):
             return component.infer({piece.ours[0]: header[piece.key].shape for piece in pieces})
     except KeyError as error:
-        keys = ", ".join(list(header)[:3])
-        raise CheckpointError(
-            f"{location}: key {error} is missing: expected {component.model.__name__} in the diffusers or the original layout, found {keys}, ..."
-        ) from error
+        layouts = f"{component.model.__name__} in the diffusers or the original layout"
+        raise CheckpointError(location, layouts, f"the keys {', '.join(list(header)[:3])}, ...", key=error.args[0]) from error
 
 
-# ------------------------------------------------------------------------------------------------- 3. compare with the meta model
+# -------------------------------------------------------------------------------------------------- 3. compare with the meta model
 
 
 class Source(NamedTuple):
-    """Where the numbers of one parameter come from: rows `start` to `stop` of a tensor in a file; all of them if `stop` is None."""
+    """Where the numbers of one parameter come from: a tensor of a file, or its rows from `start` to `stop`."""
 
     entry: Entry
+    note: str = ""
     start: int = 0
     stop: int | None = None
-    note: str = ""
 
 
 def _match(component: Component, location: Path, model: nn.Module, pieces: list[Piece], header: dict[str, Entry]) -> dict[str, Source]:
-    """Our name -> source, for every parameter. Raises CheckpointError for an extra key, a wrong shape, or a missing key, in this order."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name == _untied(component, name)}
+    """Parameter -> source. Raises CheckpointError for an extra key, a wrong shape, or a missing key."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in component.tied}
     sources: dict[str, Source] = {}
     for piece in pieces:
         entry = header[piece.key]
-        if any(name not in expected for name in piece.ours):
-            raise CheckpointError(f"{entry.file}: key {entry.key!r} is one too many: expected none such in this {component.model.__name__}")
+        if not expected.keys() >= set(piece.ours):
+            raise CheckpointError(
+                entry.file, f"no such key in a {component.model.__name__} of this configuration", list(entry.shape), key=entry.key
+            )
         rows = [expected[name][0] for name in piece.ours]
         shape = (sum(rows), *expected[piece.ours[0]][1:])
         if entry.shape != shape and not (piece.note == LINEAR and entry.shape == (*shape, 1, 1)):
-            raise CheckpointError(f"{entry.file}: key {entry.key!r}: expected shape {list(shape)}, found {list(entry.shape)}")
-        if len(rows) == 1:
-            sources[piece.ours[0]] = Source(entry, note=piece.note)
-        else:
-            starts = [sum(rows[:part]) for part in range(len(rows))]
-            sources |= {name: Source(entry, start, start + size) for name, start, size in zip(piece.ours, starts, rows, strict=True)}
+            raise CheckpointError(entry.file, f"shape {list(shape)}", list(entry.shape), key=entry.key)
+        ends = list(itertools.accumulate(rows))
+        for name, size, end in zip(piece.ours, rows, ends, strict=True):
+            sources[name] = Source(entry, piece.note, end - size, end)
     missing = [name for name in expected if name not in sources]
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CheckpointError(f"{location}: key {missing[0]!r}{more} is missing, expected shape {list(expected[missing[0]])}")
+        raise CheckpointError(
+            location, f"shape {list(expected[missing[0]])}", f"nothing, and {len(missing) - 1} more are missing", key=missing[0]
+        )
     return sources
 
 
-# ------------------------------------------------------------------------------------------------------------ 4. read the numbers
+# ------------------------------------------------------------------------------------------------------------- 4. read the numbers
 
 
 def _read_tensors(
-    location: Path, sources: dict[str, Source], device: torch.device | str, dtype_of: Callable[[str, torch.dtype], torch.dtype]
+    component: Component, sources: dict[str, Source], dtype: torch.dtype | None, device: torch.device | str
 ) -> dict[str, Tensor]:
     """The parameters. On the CPU they are the file itself, mapped into memory, unless the dtype changes."""
+    tensors = {}
     with contextlib.ExitStack() as stack:
         handles = {file: _open(file, str(device), stack) for file in {source.entry.file for source in sources.values()}}
-        return {
-            name: _read(handles[source.entry.file], source).to(dtype_of(name, DTYPES[source.entry.dtype]))
-            for name, source in sources.items()
-        }
+        for name, source in sources.items():
+            tensor = _read(handles[source.entry.file], source)
+            tensors[name] = tensor.to(_dtype_of(component, name, dtype or tensor.dtype))
+    return tensors
 
 
 def _read(handle: Any, source: Source) -> Tensor:
-    if source.stop is not None:
+    if source.note == SPLIT:
         return handle.get_slice(source.entry.key)[source.start : source.stop]
     tensor = handle.get_tensor(source.entry.key)
     if source.note == SWAP:
@@ -610,7 +566,13 @@ def _read(handle: Any, source: Source) -> Tensor:
     return tensor
 
 
-# ----------------------------------------------------------------------------------------------------------------------- writing
+def _dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, but fp32 for the modules whose result is too large for fp16: T5 names them."""
+    kept = getattr(component.model, "_keep_in_fp32_modules", ())
+    return torch.float32 if dtype == torch.float16 and any(word in kept for word in name.split(".")) else dtype
+
+
+# ------------------------------------------------------------------------------------------------------------------------- writing
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:
@@ -618,63 +580,51 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
 
     Both are written under temporary names first. Raises CheckpointError where a sharded checkpoint lies, which would win over ours.
     """
-    component = COMPONENTS.get(type(model))
+    component = next((known for known in COMPONENTS.values() if known.model is type(model)), None)
     if component is None:
-        raise TypeError(f"model: expected one of {[known.__name__ for known in COMPONENTS]}, got {type(model).__name__}")
+        names = [known.model.__name__ for known in COMPONENTS.values()]
+        raise TypeError(f"model: expected one of {names}, got {type(model).__name__}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    index = folder / f"{component.weights}.safetensors.index.json"
+    file, index = (folder / f"{component.weights}.safetensors{suffix}" for suffix in ("", ".index.json"))
     if index.exists():
-        raise CheckpointError(f"{index}: this folder holds a sharded checkpoint, choose another")
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name == _untied(component, name)}
-    with _replacing(folder / f"{component.weights}.safetensors") as weights, _replacing(folder / "config.json") as config:
-        save_file(tensors, weights, metadata={"format": "pt"})
-        _write_json(config, model.config.to_dict())
+        raise CheckpointError(index, "a folder without a sharded checkpoint", "one")
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in component.tied}
+    with _replacing(file) as new_file, _replacing(folder / "config.json") as new_config:
+        save_file(tensors, new_file, metadata={"format": "pt"})
+        _write_json(new_config, model.config.to_dict())
 
 
 def write_pipeline(
     folder: str | Path,
     *,
-    transformer: FluxTransformer2DModel,
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    text_encoder_2: T5EncoderModel,
+    models: dict[str, nn.Module],
     scheduler: FlowMatchEulerDiscreteScheduler,
-    tokenizer: str | Path,
-    tokenizer_2: str | Path,
+    tokenizers: dict[str, str | Path],
 ) -> None:
-    """Write a whole pipeline in the diffusers layout. The tokenizers are given as folders, which are copied.
+    """Write a pipeline that diffusers' FluxPipeline reads.
 
+    `models`: transformer, vae, text_encoder and text_encoder_2; `tokenizers`: the folders to copy to tokenizer and tokenizer_2.
     `model_index.json`, which makes the folder a pipeline, is written last.
     """
     folder = Path(folder)
-    for name, model in (("transformer", transformer), ("vae", vae), ("text_encoder", text_encoder), ("text_encoder_2", text_encoder_2)):
+    given, expected = {*models, *tokenizers, "scheduler"}, set(PIPELINE_PARTS)
+    if given != expected:
+        raise ValueError(f"models, tokenizers: expected {sorted(expected)} with the scheduler, got {sorted(given)}")
+    for name, model in models.items():
         save_model(model, folder / name)
-    for name, source in (("tokenizer", tokenizer), ("tokenizer_2", tokenizer_2)):
+    for name, source in tokenizers.items():
         if Path(source).resolve() != (folder / name).resolve():
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
     with _replacing(folder / "scheduler" / "scheduler_config.json") as file:
         _write_json(file, scheduler.config.to_dict())
     with _replacing(folder / "model_index.json") as file:
-        _write_json(file, {"_class_name": PIPELINE_CLASS, **_MODEL_INDEX})
-
-
-_MODEL_INDEX = {
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+        _write_json(file, {"_class_name": PIPELINE_CLASS} | {name: list(part[:2]) for name, part in PIPELINE_PARTS.items()})
 
 
 @contextlib.contextmanager
-def _replacing(file: Path):
+def _replacing(file: Path) -> Iterator[Path]:
     """A temporary name beside `file`, which takes its place when the block ends without an error."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
@@ -684,16 +634,16 @@ def _replacing(file: Path):
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- json
+# ---------------------------------------------------------------------------------------------------------------------------- json
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: expected json, found something else ({error})") from error
+        raise CheckpointError(file, "json", f"something else ({error})") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: expected a json object, found {type(values).__name__}")
+        raise CheckpointError(file, "a json object", type(values).__name__)
     return values
 
 
@@ -707,20 +657,20 @@ def _classes(values: dict[str, Any]) -> list[str]:
 
 
 def _check_class(file: Path, values: dict[str, Any], expected: str) -> None:
-    found = _classes(values)
-    if found and expected not in found:
-        raise CheckpointError(f"{file}: expected class {expected!r}, found {found}: this is another kind of model")
+    if expected not in (_classes(values) or [expected]):
+        raise CheckpointError(file, f"class {expected}", f"{', '.join(_classes(values))}: another kind of model", key="_class_name")
 
 
 @contextlib.contextmanager
-def _named(file: Path):
+def _naming(file: Path) -> Iterator[None]:
     """Put the file's name before the message of a configuration that we cannot honour."""
     try:
         yield
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        raise CheckpointError(file, str(error)) from error
 
 
 def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else None
-    return "no such folder" if names is None else ", ".join(names[:8]) or "an empty folder"
+    if not folder.is_dir():
+        return "no such folder"
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "an empty folder"

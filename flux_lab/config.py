@@ -101,7 +101,9 @@ class AutoencoderKLConfig(Config):
     def __post_init__(self):
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
-                raise ValueError(f"block_out_channels={self.block_out_channels}: {channels} is not a multiple of norm_num_groups={self.norm_num_groups}")
+                raise ValueError(
+                    f"block_out_channels={self.block_out_channels}: {channels} is not a multiple of norm_num_groups={self.norm_num_groups}"
+                )
 
     @property
     def vae_scale_factor(self) -> int:
@@ -163,7 +165,13 @@ class T5Config(Config):
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         del fields["_class_name"]
-        fixed = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False, "use_cache": False, "tie_word_embeddings": False}
+        fixed = {
+            "model_type": "t5",
+            "feed_forward_proj": "gated-gelu",
+            "is_encoder_decoder": False,
+            "use_cache": False,
+            "tie_word_embeddings": False,
+        }
         return {"architectures": [self.CLASS_NAME], **fixed, **fields}
 
 
@@ -223,5 +231,7 @@ TINY = dataclasses.replace(
     axes_dims_rope=(4, 6, 6),
 )
 TINY_VAE = dataclasses.replace(FLUX_VAE, block_out_channels=(8, 16, 24, 32), layers_per_block=1, norm_num_groups=4, sample_size=64)
-TINY_CLIP = CLIPTextConfig(vocab_size=600, hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16)
+TINY_CLIP = CLIPTextConfig(
+    vocab_size=600, hidden_size=20, intermediate_size=36, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16
+)
 TINY_T5 = T5Config(vocab_size=500, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3, relative_attention_max_distance=32)

@@ -41,7 +41,9 @@ class FluxPosEmbed(nn.Module):
     @shaped
     def forward(self, ids: Float[Tensor, "sequence axes"]) -> tuple[Float[Tensor, "sequence head_dim"], Float[Tensor, "sequence head_dim"]]:
         if ids.shape[1] != len(self.axes_dim):
-            raise ValueError(f"FluxPosEmbed: ids have {ids.shape[1]} numbers a token, expected {len(self.axes_dim)}, one for each of axes_dim")
+            raise ValueError(
+                f"FluxPosEmbed: ids have {ids.shape[1]} numbers a token, expected {len(self.axes_dim)}, one for each of axes_dim"
+            )
         # Apple's GPU has no float64.
         freqs_dtype = torch.float32 if ids.device.type == "mps" else torch.float64
         waves = [

@@ -104,6 +104,10 @@ class FlowMatchEulerDiscreteScheduler:
     def _stretch_to_terminal(self, sigmas: np.ndarray) -> np.ndarray:
         """Stretch the schedule linearly, with 1 fixed, so that its last value is `shift_terminal`."""
         distance = 1 - sigmas
+        if distance[-1] == 0:
+            raise ValueError(
+                f"set_timesteps: a schedule of {len(sigmas)} step cannot be stretched to shift_terminal, expected at least 2 steps"
+            )
         return 1 - distance / (distance[-1] / (1 - self.config.shift_terminal))
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -114,14 +118,16 @@ class FlowMatchEulerDiscreteScheduler:
         """Where `timestep` stands in the schedule; the second place if it stands there twice (as upstream). Raises ValueError if nowhere."""
         places = (self.timesteps == timestep).nonzero()
         if not len(places):
-            raise ValueError(f"timestep {float(timestep)} is not in the schedule of {len(self.timesteps)} steps: pass one of `scheduler.timesteps`")
+            raise ValueError(
+                f"timestep {float(timestep)} is not in the schedule of {len(self.timesteps)} steps: pass one of `scheduler.timesteps`"
+            )
         return places[1 if len(places) > 1 else 0].item()
 
     @shaped
     def step(
         self,
         velocity: Float[Tensor, "*shape"],
-        timestep: float | Float[Tensor, ""],
+        timestep: int | float | Float[Tensor, ""],
         sample: Float[Tensor, "*shape"],
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*shape"]:

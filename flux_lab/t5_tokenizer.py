@@ -151,6 +151,7 @@ class T5Tokenizer(Tokenizer):
             charsmap, extras = model.charsmap, [piece.text for piece in model.pieces if piece.type in (CONTROL, USER_DEFINED)] + extra_ids
         names = names_of(config, DEFAULT_NAMES)
         _check_vocab(vocab, names, path)
+        # The new and the old name of one field.
         declared = [config[key] or [] for key in ("extra_special_tokens", "additional_special_tokens") if key in config]
         contents = [*names.values(), *map(content_of, max(declared, key=len, default=extras))]
         special_tokens = read_special_tokens(folder, config, contents, {piece: index for index, (piece, _) in enumerate(vocab)})

@@ -75,6 +75,8 @@ class FluxTransformer2DModel(nn.Module):
 
     def _check_guidance(self, guidance: Tensor | None) -> None:
         if self.config.guidance_embeds and guidance is None:
-            raise ValueError("guidance: this model has a guidance embedding (guidance_embeds=True), expected a guidance scale for each of the batch")
+            raise ValueError(
+                "guidance: this model has a guidance embedding (guidance_embeds=True), expected a guidance scale for each of the batch"
+            )
         if not self.config.guidance_embeds and guidance is not None:
             raise ValueError("guidance: this model has no guidance embedding (guidance_embeds=False), expected None")

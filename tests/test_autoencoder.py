@@ -16,10 +16,23 @@ from flux_lab.shapes import ShapeError
 
 LIKE_FLUX = TINY_VAE
 LIKE_SD15 = dataclasses.replace(
-    TINY_VAE, latent_channels=4, scaling_factor=0.18215, shift_factor=None, use_quant_conv=True, use_post_quant_conv=True, layers_per_block=2
+    TINY_VAE,
+    latent_channels=4,
+    scaling_factor=0.18215,
+    shift_factor=None,
+    use_quant_conv=True,
+    use_post_quant_conv=True,
+    layers_per_block=2,
 )
 SHALLOW = dataclasses.replace(
-    TINY_VAE, in_channels=2, out_channels=5, block_out_channels=(6, 12), norm_num_groups=3, latent_channels=7, sample_size=16, use_quant_conv=True
+    TINY_VAE,
+    in_channels=2,
+    out_channels=5,
+    block_out_channels=(6, 12),
+    norm_num_groups=3,
+    latent_channels=7,
+    sample_size=16,
+    use_quant_conv=True,
 )
 CONFIGS = {"like_flux": LIKE_FLUX, "like_sd15": LIKE_SD15, "shallow": SHALLOW}
 SIZES = [(16, 24), (37, 26)]

@@ -1,10 +1,9 @@
 """flux_lab.checkpoints reads and writes what diffusers and transformers read and write, and refuses everything else clearly."""
 
 import dataclasses
-import gc
+import inspect
 import json
 import os
-import shutil
 
 import diffusers
 import pytest
@@ -13,7 +12,9 @@ import transformers
 from conftest import randomize_
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flux_lab import checkpoints
 from flux_lab.autoencoder import AutoencoderKL
@@ -173,14 +174,12 @@ def original_transformer_state(config):
     return {name: torch.randn(size) for name, size in sizes.items()}
 
 
-def convert_like_diffusers(state, config, monkeypatch_source):
+def convert_like_diffusers(state, config):
     """diffusers' converter, which has FLUX.1's width written into it, with the width of our tiny model."""
-    import inspect
-
     source = inspect.getsource(single_file_utils.convert_flux_transformer_checkpoint_to_diffusers)
-    assert monkeypatch_source in source
+    assert "inner_dim = 3072" in source
     scope = dict(vars(single_file_utils))
-    exec(source.replace(monkeypatch_source, f"inner_dim = {config.inner_dim}"), scope)
+    exec(source.replace("inner_dim = 3072", f"inner_dim = {config.inner_dim}"), scope)
     return scope["convert_flux_transformer_checkpoint_to_diffusers"](dict(state))
 
 
@@ -191,7 +190,7 @@ def test_original_transformer(config, prefix, tmp_path):
     save_file({f"{prefix}{name}": tensor for name, tensor in state.items()}, tmp_path / "flux.safetensors")
     given = load_transformer(tmp_path / "flux.safetensors")
     assert given.config == config
-    assert_same_state(given, convert_like_diffusers(state, config, "inner_dim = 3072"))
+    assert_same_state(given, convert_like_diffusers(state, config))
 
 
 @pytest.mark.parametrize(("head_dim", "axes"), [(128, (16, 56, 56)), (32, (4, 14, 14)), (16, (4, 6, 6))])
@@ -232,7 +231,10 @@ def test_original_autoencoder(prefix, tmp_path):
     state = original_autoencoder_state(model)
     assert "decoder.up.3.upsample.conv.weight" in state
     assert state["encoder.mid.attn_1.q.weight"].ndim == 4
-    save_file({f"{prefix}{name}": tensor for name, tensor in state.items()} | ({"else": torch.ones(1)} if prefix else {}), tmp_path / "ae.safetensors")
+    save_file(
+        {f"{prefix}{name}": tensor for name, tensor in state.items()} | ({"else": torch.ones(1)} if prefix else {}),
+        tmp_path / "ae.safetensors",
+    )
     converted = single_file_utils.convert_ldm_vae_checkpoint(dict(state), config.to_dict())
     given = load_autoencoder(tmp_path / "ae.safetensors", config=config)
     assert_same_state(given, converted)
@@ -273,3 +275,330 @@ def test_planted_bugs_in_the_table_are_found(planted, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoints, "TRANSFORMER", component)
         with pytest.raises(AssertionError):
             test_original_transformer(TINY, "", tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------------- pipelines
+
+
+@pytest.fixture
+def tokenizer_folders(tmp_path):
+    """The smallest tokenizers that transformers opens."""
+    clip, t5 = tmp_path / "clip_tokenizer", tmp_path / "t5_tokenizer"
+    vocabulary = {token: index for index, token in enumerate(["a", "a</w>", "<|startoftext|>", "<|endoftext|>"])}
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(clip)
+    transformers.T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁a", -1.0)]).save_pretrained(t5)
+    return {"tokenizer": clip, "tokenizer_2": t5}
+
+
+@pytest.fixture
+def pipeline_folder(tmp_path, tokenizer_folders):
+    models = {"transformer": make("transformer"), "vae": make("vae"), "text_encoder": make("clip"), "text_encoder_2": make("t5")}
+    scheduler = FlowMatchEulerDiscreteScheduler(FLUX_DEV_SCHEDULER)
+    checkpoints.write_pipeline(tmp_path / "pipeline", models=models, scheduler=scheduler, tokenizers=tokenizer_folders)
+    return tmp_path / "pipeline"
+
+
+def test_upstream_loads_our_pipeline(pipeline_folder):
+    reference = diffusers.FluxPipeline.from_pretrained(pipeline_folder)
+    for name, part in (("transformer", "transformer"), ("vae", "vae"), ("clip", "text_encoder"), ("t5", "text_encoder_2")):
+        assert_same_state(getattr(reference, part), make(name))
+    assert reference.scheduler.config.use_dynamic_shifting
+    assert reference.scheduler.config.shift == FLUX_DEV_SCHEDULER.shift
+    reference.save_pretrained(pipeline_folder.with_name("theirs"))
+    assert checkpoints.read_model_index(pipeline_folder.with_name("theirs")).keys() == checkpoints.PIPELINE_PARTS.keys()
+
+
+def test_every_component_is_found_in_a_pipeline_folder(pipeline_folder):
+    assert checkpoints.read_model_index(pipeline_folder)["transformer"] == "FluxTransformer2DModel"
+    for name in ("transformer", "vae", "clip", "t5"):
+        assert_same_state(OURS[name][2](pipeline_folder), make(name))
+    for folder in (pipeline_folder, pipeline_folder / "scheduler"):
+        assert load_scheduler(folder).config == FLUX_DEV_SCHEDULER
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_class_name": "StableDiffusionPipeline"}, "expected class FluxPipeline, found StableDiffusionPipeline"),
+        (
+            {"transformer": ["diffusers", "SD3Transformer2DModel"]},
+            "key 'transformer': expected class FluxTransformer2DModel, found SD3Transformer2DModel",
+        ),
+        ({"text_encoder_2": [None, None]}, "key 'text_encoder_2': expected class T5EncoderModel, found nothing"),
+        ({"safety_checker": ["diffusers", "Checker"]}, "key 'safety_checker': expected class null, found Checker"),
+    ],
+)
+def test_bad_model_index(change, message, tmp_path):
+    parts = {name: list(part[:2]) for name, part in checkpoints.PIPELINE_PARTS.items()}
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "FluxPipeline"} | parts | {"image_encoder": [None, None]} | change)
+    )
+    with pytest.raises(CheckpointError, match=f"model_index.json.*{message}"):
+        checkpoints.read_model_index(tmp_path)
+
+
+def test_write_pipeline_refuses_missing_parts(tmp_path):
+    with pytest.raises(ValueError, match=r"expected \['scheduler', .* got \['scheduler', 'vae'\]"):
+        checkpoints.write_pipeline(tmp_path, models={"vae": make("vae")}, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizers={})
+
+
+# ----------------------------------------------------------------------------------------------------------------------- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest number of bytes in distinct storages that are alive, looked up after every operation.
+
+    Every storage that an operation reads or makes is watched by a weak reference, so it counts until it is freed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.watched = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                self.watched[StorageWeakRef(storage)] = storage.nbytes()
+        self.watched = {reference: size for reference, size in self.watched.items() if not reference.expired()}
+        self.peak = max(self.peak, sum(self.watched.values()))
+        return result
+
+
+def peak_while_loading(load):
+    with LiveBytes() as live:
+        model = load()
+    assert sum(tensor.nbytes for tensor in model.parameters()) <= live.peak
+    return live.peak
+
+
+WIDE = dataclasses.replace(
+    TINY, num_layers=4, num_single_layers=6, attention_head_dim=32, num_attention_heads=4, axes_dims_rope=(4, 14, 14)
+)
+
+
+@pytest.mark.parametrize(("stored", "dtype"), [("float32", None), ("bfloat16", None), ("float32", "bfloat16")])
+@pytest.mark.parametrize("layout", ["diffusers", "sharded", "original"])
+def test_memory_is_not_allocated_twice(layout, stored, dtype, tmp_path):
+    stored, dtype = getattr(torch, stored), dtype and getattr(torch, dtype)
+    if layout == "original":
+        save_file({name: tensor.to(stored) for name, tensor in original_transformer_state(WIDE).items()}, tmp_path / "flux.safetensors")
+        path = tmp_path / "flux.safetensors"
+    else:
+        save_model(FluxTransformer2DModel(WIDE).to(stored), tmp_path)
+        path = tmp_path
+    if layout == "sharded":
+        reference = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path, torch_dtype=stored)
+        path = tmp_path / "sharded"
+        reference.save_pretrained(path, max_shard_size="1MB")
+        del reference
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.glob("*.safetensors")))
+    assert peak_while_loading(lambda: load_transformer(path, dtype=dtype)) <= 1.1 * size
+
+
+def test_memory_test_finds_a_second_copy(tmp_path, monkeypatch):
+    """What building the model with memory of its own would cost."""
+    save_model(make("transformer"), tmp_path)
+    size = weights_in(tmp_path).stat().st_size
+    real = torch.device
+    monkeypatch.setattr(torch, "device", lambda name: real("cpu" if name == "meta" else name))
+    assert peak_while_loading(lambda: load_transformer(tmp_path)) > 1.5 * size
+
+
+# ----------------------------------------------------------------------------------------------------------------------- errors
+
+
+def edit_state(folder, change):
+    state = load_file(weights_in(folder))
+    change(state)
+    save_file(state, weights_in(folder))
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+BIAS = "x_embedder.bias"
+SPOILED = {
+    "missing key": (
+        lambda folder: edit_state(folder, lambda state: state.pop(BIAS)),
+        rf"key '{BIAS}': expected shape \[32\], found nothing",
+    ),
+    "extra key": (
+        lambda folder: edit_state(folder, lambda state: state.update(more=torch.ones(3))),
+        r"model.safetensors: key 'more': expected no such key in a FluxTransformer2DModel.*, found shape \[3\]",
+    ),
+    "wrong shape": (
+        lambda folder: edit_state(folder, lambda state: state.update({BIAS: torch.ones(31)})),
+        rf"model.safetensors: key '{BIAS}': expected shape \[32\], found \[31\]",
+    ),
+    "wrong dtype": (
+        lambda folder: edit_state(folder, lambda state: state.update({BIAS: torch.ones(32, dtype=torch.int8)})),
+        rf"key '{BIAS}': expected numbers as F32, F16, BF16, found I8, which is not supported",
+    ),
+    "truncated": (
+        lambda folder: weights_in(folder).write_bytes(weights_in(folder).read_bytes()[:-4]),
+        r"model.safetensors: expected a whole safetensors file, found \d+ bytes, truncated or corrupt",
+    ),
+    "truncated in the header": (
+        lambda folder: weights_in(folder).write_bytes(weights_in(folder).read_bytes()[:100]),
+        "found 100 bytes, truncated",
+    ),
+    "corrupt": (lambda folder: weights_in(folder).write_bytes(b"\xff" * 5000), "found 5000 bytes, truncated or corrupt"),
+    "empty": (lambda folder: weights_in(folder).write_bytes(b""), "found 0 bytes, truncated or corrupt"),
+    "a pickle under our name": (
+        lambda folder: weights_in(folder).write_bytes(b"PK\x03\x04" + bytes(900)),
+        "only safetensors are read, this is a pickle",
+    ),
+    "an old pickle": (
+        lambda folder: weights_in(folder).write_bytes(b"\x80\x02}q\x00." + bytes(900)),
+        "only safetensors are read, this is a pickle",
+    ),
+    "a pickle alone": (
+        lambda folder: weights_in(folder).rename(folder / "diffusion_pytorch_model.bin"),
+        "model.bin: only safetensors are read, this is a pickle.*use_safetensors=False",
+    ),
+    "no weights": (lambda folder: weights_in(folder).unlink(), "expected diffusion_pytorch_model.safetensors or .*, found config.json"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        "expected config.json and .*, found diffusion_pytorch_model.safetensors",
+    ),
+    "config is no json": (lambda folder: (folder / "config.json").write_text("{"), "config.json: expected json, found something else"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a json object, found list"),
+    "another class": (
+        lambda folder: edit_config(folder, _class_name="UNet2DModel"),
+        "config.json.*expected class FluxTransformer2DModel, found UNet2DModel",
+    ),
+    "another option": (lambda folder: edit_config(folder, patch_size=2), "config.json: .*patch_size=2 is not supported"),
+    "another size": (lambda folder: edit_config(folder, num_attention_heads=3), r"key '.*': expected shape \[.*\], found \["),
+    "more blocks": (
+        lambda folder: edit_config(folder, num_layers=3),
+        r"key 'transformer_blocks.2.*': expected shape .*, found nothing, and 31 more",
+    ),
+    "fewer blocks": (lambda folder: edit_config(folder, num_layers=1), "key 'transformer_blocks.1.*': expected no such key"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
+def test_bad_folders(spoil, message, tmp_path):
+    folder = tmp_path / "flux"
+    save_model(make("transformer"), folder)
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_transformer(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_bad_shards(tmp_path):
+    save_model(make("vae"), tmp_path / "ours")
+    folder = tmp_path / "theirs"
+    OURS["vae"][3].from_pretrained(tmp_path / "ours").save_pretrained(folder, max_shard_size="20KB")
+    with pytest.raises(CheckpointError, match=r"expected a folder without a sharded checkpoint"):
+        save_model(make("vae"), folder)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shard = folder / min(weight_map.values())
+    index.write_text(json.dumps({"weight_map": weight_map | {"more": shard.name}}))
+    with pytest.raises(CheckpointError, match=r"key 'more': expected a tensor, which the index says is here, found nothing"):
+        load_autoencoder(folder)
+    index.write_text(json.dumps({"weight_map": weight_map | {"more": "../elsewhere.safetensors"}}))
+    with pytest.raises(CheckpointError, match="expected for each tensor a file of this folder"):
+        load_autoencoder(folder)
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: expected a safetensors file, which the index names, found nothing"):
+        load_autoencoder(folder)
+
+
+def test_bad_lone_files(tmp_path):
+    file = tmp_path / "some.safetensors"
+    save_file({"layer.weight": torch.ones(2)}, file)
+    with pytest.raises(
+        CheckpointError, match=r"key 'x_embedder.weight': expected FluxTransformer2DModel in the diffusers or the original layout, found"
+    ):
+        load_transformer(file)
+    with pytest.raises(CheckpointError, match=r"expected a folder with config.json, which CLIPTextModel needs, found a lone file"):
+        load_clip(file)
+    state = original_transformer_state(TINY)
+    save_file(state | {"double_blocks.0.img_attn.lora": torch.ones(2)}, file)
+    with pytest.raises(
+        CheckpointError, match=r"key 'double_blocks.0.img_attn.lora': expected a name of FluxTransformer2DModel's original layout"
+    ):
+        load_transformer(file)
+    state["double_blocks.1.img_attn.qkv.weight"] = torch.ones(97, 32)
+    save_file(state, file)
+    with pytest.raises(CheckpointError, match=r"key 'double_blocks.1.img_attn.qkv.weight': expected shape \[96, 32\], found \[97, 32\]"):
+        load_transformer(file)
+    save_file(original_autoencoder_state(AutoencoderKL(dataclasses.replace(TINY_VAE, use_quant_conv=True))), file)
+    with pytest.raises(CheckpointError, match="its scaling factor is unknown: give config="):
+        load_autoencoder(file)
+    (tmp_path / "some.ckpt").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=r"some.ckpt: only safetensors are read"):
+        load_transformer(tmp_path / "some.ckpt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    save_model(make("vae"), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr(checkpoints, "_write_json", lambda file, values: file.write_text("{") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_model(randomize_(make("vae"), seed=1), tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_save_refuses_other_modules(tmp_path):
+    with pytest.raises(TypeError, match=r"expected one of .*'AutoencoderKL'.* got Linear"):
+        save_model(torch.nn.Linear(2, 2), tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- hub
+
+
+def test_hub_ids(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    save_model(make("vae"), tmp_path / "vae")
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert_same_state(load_autoencoder("black-forest-labs/FLUX.1-dev"), make("vae"))
+    assert asked["name"] == "black-forest-labs/FLUX.1-dev"
+    wanted = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    unwanted = ["flux1-dev.safetensors", "transformer/config.json", "vae/diffusion_pytorch_model.fp16.safetensors", "vae/model.bin"]
+    assert list(huggingface_hub.utils.filter_repo_objects(wanted + unwanted, allow_patterns=asked["patterns"])) == wanted
+
+    def refuse(error):
+        def download(*_, **__):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    response = type("Response", (), {"headers": {}, "request": None})()
+    for error, message in [
+        (errors.GatedRepoError("no", response=response), r"owner/model: this model is gated: accept its licence at https://.*/owner/model"),
+        (errors.RepositoryNotFoundError("no", response=response), "owner/model: no such folder, and no such model on the hub"),
+        (errors.LocalEntryNotFoundError("no"), "owner/model: no such folder, nor in the hub's cache, and the hub cannot be reached"),
+        (ConnectionError("no"), "the hub cannot be reached"),
+    ]:
+        refuse(error)
+        with pytest.raises(CheckpointError, match=message):
+            load_transformer("owner/model")
+
+
+def test_hub_without_network():
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, nor in the hub's cache, and the hub cannot be reached"):
+        load_transformer("nobody/nothing")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "nowhere", "./no/folder", "a/b/c"])
+def test_no_such_path(path):
+    with pytest.raises(CheckpointError, match=rf"{path}: expected a folder, a .safetensors file or a hub id"):
+        load_transformer(path)

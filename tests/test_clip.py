@@ -16,6 +16,7 @@ CONFIGS = {
     "tiny": TINY_CLIP,
     "new end token": dataclasses.replace(TINY_CLIP, eos_token_id=599, hidden_size=24, num_attention_heads=3, num_hidden_layers=3),
     "wide eps": dataclasses.replace(TINY_CLIP, layer_norm_eps=1e-3, intermediate_size=50, num_attention_heads=2),
+    "FLUX.1's depth": dataclasses.replace(TINY_CLIP, num_hidden_layers=FLUX_CLIP.num_hidden_layers),
     "miniature": MINI_CLIP,
 }
 ULPS = 2

@@ -16,7 +16,9 @@ PAIRS = [scene for scene in SAMPLES if scene.relation]
 
 
 def solid(shape: str, **values) -> SceneObject:
-    return SceneObject(**({"shape": shape, "color": "red", "size": "large", "material": "matte", "x": 0.3, "y": -0.2, "turn": 0.0} | values))
+    return SceneObject(
+        **({"shape": shape, "color": "red", "size": "large", "material": "matte", "x": 0.3, "y": -0.2, "turn": 0.0} | values)
+    )
 
 
 def holds(item: SceneObject, points: np.ndarray) -> np.ndarray:

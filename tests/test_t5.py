@@ -17,6 +17,7 @@ CONFIGS = {
     "tiny": TINY_T5,
     "more buckets": dataclasses.replace(TINY_T5, relative_attention_num_buckets=12, relative_attention_max_distance=20, num_layers=3),
     "wide eps": dataclasses.replace(TINY_T5, layer_norm_epsilon=1e-2, d_kv=10, num_heads=2, d_ff=34),
+    "FLUX.1's depth": dataclasses.replace(TINY_T5, num_layers=FLUX_T5.num_layers),
     "miniature": MINI_T5,
 }
 EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -185,3 +186,5 @@ def test_from_config_reads_the_upstream_json():
 def test_bad_input():
     with pytest.raises(ShapeError, match=r"T5EncoderModel.forward: argument `input_ids`: expected int \[batch length\], got int64 \[7\]"):
         T5EncoderModel(TINY_T5)(torch.zeros(7, dtype=torch.long))
+    with pytest.raises(ShapeError, match=r"relative_position_bucket: argument `relative_position`: .* got float32 \[7\]"):
+        relative_position_bucket(torch.zeros(7))

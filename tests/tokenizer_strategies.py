@@ -108,7 +108,7 @@ def first_difference(ours, reference, batch: list[str]) -> str | None:
     expected = reference(batch).input_ids
     for text, ids in zip(batch, expected, strict=True):
         if ours.encode(text) != ids:
-            return f"{text!r} ({ascii(text)}): {ours.encode(text)} instead of {ids}"
+            return f"{text!r} ({text!a}): {ours.encode(text)} instead of {ids}"
     return None
 
 

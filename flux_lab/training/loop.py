@@ -4,11 +4,12 @@ Everything random in a step is drawn from a generator seeded with (seed, step), 
 that was killed goes on as if it had not been. Started with `accelerate launch`, every process takes its share of the same batch.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from flux_lab import shapes
 
 CHECKPOINT = "checkpoint.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Settings:
         return self.learning_rate * min(1.0, (step + 1) / max(1, self.warmup), falling)
 
 
-def train(task: nn.Module, make_batch: Callable[[int, torch.Generator], dict[str, Tensor]], out: Path, settings: Settings) -> dict[str, Tensor]:
+def train(
+    task: nn.Module, make_batch: Callable[[int, torch.Generator], dict[str, Tensor]], out: Path, settings: Settings
+) -> dict[str, Tensor]:
     """Minimise `task(**batch)["loss"]`; further entries of what the task returns are logged.
 
     `make_batch(step, generator)` returns the tensors of the whole batch, the same on every process; all share their first axis.
@@ -63,10 +67,10 @@ def train(task: nn.Module, make_batch: Callable[[int, torch.Generator], dict[str
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()} if settings.ema else {}
     first = _resume(out, settings, parameters, average, optimizer)
     wrapped = accelerator.prepare(task)
-    log = _Log(out / "log.jsonl", first) if accelerator.is_main_process else None
+    is_main = accelerator.is_main_process
 
-    with shapes.checks(enabled=False):
-        for step in tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=log is None, mininterval=5):
+    with shapes.checks(enabled=False), _log(out / "log.jsonl", first, is_main) as log:
+        for step in tqdm(range(first, settings.steps), initial=first, total=settings.steps, disable=not is_main, mininterval=5):
             generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
             batch = {
                 name: tensor.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
@@ -84,19 +88,18 @@ def train(task: nn.Module, make_batch: Callable[[int, torch.Generator], dict[str
                 keep = min(settings.ema, (step + 1) / (step + 10))
                 torch._foreach_lerp_(list(average.values()), [parameter.detach() for parameter in parameters.values()], 1 - keep)
             results = {name: accelerator.reduce(value.detach(), "mean").item() for name, value in results.items()}
-            if log is not None:
-                log.write(step, results)
-                if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-                    _save(out, settings, step + 1, parameters, average, optimizer)
+            log(step, results)
+            if is_main and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
+                _save(out, settings, step + 1, parameters, average, optimizer)
     return average or {name: parameter.detach() for name, parameter in parameters.items()}
 
 
 def _save(out: Path, settings: Settings, step: int, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
     tensors = {f"model.{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
+    tensors |= {f"average.{name}": tensor.contiguous() for name, tensor in average.items()}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": state[key].contiguous() for key in ("exp_avg", "exp_avg_sq", "step")}
+        tensors |= {f"optimizer.{name}.{key}": state[key].contiguous() for key in (*MOMENTS, "step")}
     metadata = {"step": str(step), "settings": json.dumps(dataclasses.asdict(settings))}
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / (CHECKPOINT + ".part")
@@ -113,10 +116,8 @@ def _resume(out: Path, settings: Settings, parameters: dict, average: dict, opti
         _check_settings(out, json.loads(metadata["settings"]), dataclasses.asdict(settings))
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"model.{name}"))
-            optimizer.state[parameter] = {
-                key: file.get_tensor(f"optimizer.{name}.{key}").to("cpu" if key == "step" else parameter.device)
-                for key in ("exp_avg", "exp_avg_sq", "step")
-            }
+            moments = {key: torch.empty_like(parameter).copy_(file.get_tensor(f"optimizer.{name}.{key}")) for key in MOMENTS}
+            optimizer.state[parameter] = moments | {"step": file.get_tensor(f"optimizer.{name}.step")}
         for name in average:
             average[name].copy_(file.get_tensor(f"average.{name}"))
     return int(metadata["step"])
@@ -138,16 +139,20 @@ def load_trained(out: Path) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
 
 
-class _Log:
-    """One json line a step. When a run resumes, the lines after its checkpoint are dropped: those steps are done again."""
+@contextlib.contextmanager
+def _log(path: Path, first: int, is_main: bool) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """Yields what writes one json line a step. When a run resumes, lines after its checkpoint are dropped: those steps are done again."""
+    if not is_main:
+        yield lambda step, results: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines()[:first] if path.exists() else []
+    path.write_text("".join(line + "\n" for line in lines))
+    start = time.time()
+    with path.open("a", buffering=1) as file:
 
-    def __init__(self, path: Path, first: int):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines()[:first] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines))
-        self.file = path.open("a", buffering=1)
-        self.start = time.time()
+        def write(step: int, results: dict[str, float]) -> None:
+            rounded = {name: round(value, 5) for name, value in results.items()}
+            file.write(json.dumps({"step": step, **rounded, "seconds": round(time.time() - start, 1)}) + "\n")
 
-    def write(self, step: int, results: dict[str, float]) -> None:
-        rounded = {name: round(value, 5) for name, value in results.items()}
-        self.file.write(json.dumps({"step": step, **rounded, "seconds": round(time.time() - self.start, 1)}) + "\n")
+        yield write

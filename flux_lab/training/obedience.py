@@ -10,11 +10,11 @@ def score(stated: Stated, read: Stated) -> dict[str, bool]:
     """Which of the stated attributes the read scene has; what is not stated is not in the result.
 
     "count" is always stated. "color", "shape", "size" and "material" are right when they are for every object that states them. Read
-    objects are assigned to stated ones as fits best.
+    objects are assigned to stated ones as fits best; of equals, so that the shapes agree.
     """
     slots = [*range(len(read.objects)), *[None] * max(0, len(stated.objects) - len(read.objects))]
     trials = [_score_assigned(stated, read, assigned) for assigned in itertools.permutations(slots, len(stated.objects))]
-    return max(trials, key=lambda trial: trial[0])[1]
+    return max(trials, key=lambda trial: (trial[0], trial[1].get("shape", False)))[1]
 
 
 def _score_assigned(stated: Stated, read: Stated, assigned: tuple[int | None, ...]) -> tuple[int, dict[str, bool]]:

@@ -80,7 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     train(Rewriter(MINI_T5, ids.t5.shape[-1]), Rewrites(ids, settings), options.out, settings)
     encoder = T5EncoderModel(MINI_T5)
-    encoder.load_state_dict({name.removeprefix("encoder."): tensor for name, tensor in load_trained(options.out).items() if name.startswith("encoder.")})
+    encoder.load_state_dict(
+        {name.removeprefix("encoder."): tensor for name, tensor in load_trained(options.out).items() if name.startswith("encoder.")}
+    )
     save_model(encoder, options.out / "text_encoder_2")
 
 

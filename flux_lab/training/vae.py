@@ -44,7 +44,9 @@ class VAELoss(nn.Module):
         nn.init.constant_(self.vae.encoder.conv_out.bias[config.latent_channels :], FIRST_LOGVAR)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"], noise: Float[Tensor, "batch channels rows columns"]) -> dict[str, Tensor]:
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], noise: Float[Tensor, "batch channels rows columns"]
+    ) -> dict[str, Tensor]:
         posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last))
         decoded = self.vae.decode(posterior.mean + posterior.std * noise)
         absolute, square = F.l1_loss(decoded, images), F.mse_loss(decoded, images)
@@ -81,7 +83,10 @@ def encode_all(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> Float
     """The posterior means of all pictures, unscaled, float16."""
     device = next(vae.parameters()).device
     with shapes.checks(enabled=False):
-        means = [vae.encode(to_tensor(images[i : i + batch]).to(device)).mode().half().cpu() for i in tqdm(range(0, len(images), batch), mininterval=5)]
+        means = [
+            vae.encode(to_tensor(images[i : i + batch]).to(device)).mode().half().cpu()
+            for i in tqdm(range(0, len(images), batch), mininterval=5)
+        ]
     return torch.cat(means)
 
 
@@ -99,6 +104,7 @@ def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> Autoen
     latents = encode_all(vae.to("cuda" if torch.cuda.is_available() else "cpu"), images)
     vae.config = measured_scaling(config, latents)
     from flux_lab.checkpoints import save_model
+
     save_model(vae.cpu(), out / "vae")
     scaled = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
     temporary = out / "latents.safetensors.part"

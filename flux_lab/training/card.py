@@ -1,0 +1,234 @@
+"""The model card: what the miniature is, what it was trained on and for how long, its numbers, how to make it again, its limits.
+
+python -m flux_lab.training.card --model data/flux-mini --report runs/evaluation/report.json --runs runs --out data/flux-mini/README.md
+"""
+
+import argparse
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+
+from flux_lab.training.loop import CHECKPOINT
+from flux_lab.training.report import percent, table, to_markdown, write_text
+from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
+
+LAST = 100  # steps over which the final loss is averaged
+
+
+class Run(NamedTuple):
+    """One training run: the settings it was begun with and what its log says."""
+
+    settings: dict[str, Any]
+    steps: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.settings["batch_size"]
+
+
+def read_run(folder: Path) -> Run | None:
+    """What a training stage left in its folder; None where it was not run."""
+    if not (folder / "log.jsonl").exists() or not (folder / CHECKPOINT).exists():
+        return None
+    with safe_open(folder / CHECKPOINT, "pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    if not lines:
+        return None
+    losses = [line["loss"] for line in lines]
+    last = losses[-LAST:]
+    return Run(settings, len(lines), total_seconds([line["seconds"] for line in lines]), losses[0], sum(last) / len(last))
+
+
+def total_seconds(clock: list[float]) -> float:
+    """The time of all parts of a run: its clock starts again at zero whenever the run goes on."""
+    ends = [before for before, after in itertools.pairwise(clock) if after < before]
+    return sum(ends) + clock[-1]
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+class Stage(NamedTuple):
+    """A folder of `runs/`, what is learned there, and the options of its command; `{...}` are filled in from the run."""
+
+    folder: str
+    title: str
+    options: str
+
+
+def flow_options(run: str) -> str:
+    return f"--out runs/{run} --steps {{steps}} --batch {{batch_size}} --rate {{learning_rate:g}} --decay {{decay:g}} --ema {{ema:g}}"
+
+
+STAGES = (
+    Stage("reader", "attribute reader (not part of the checkpoint)", "reader --steps {steps} --batch-size {batch_size}"),
+    Stage("vae", "autoencoder, 64-pixel crops", "vae --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
+    Stage("t5", "T5 encoder, captions", "t5 --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
+    Stage("clip", "CLIP text encoder, captions with pictures", "clip --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
+    Stage("flow", "rectified flow, {blocks}", f"flow {flow_options('flow')} --layers {{layers}}"),
+    Stage("grown", "", "grow --start runs/flow/transformer --out runs/grown --layers {layers}"),
+    Stage("flow57", "rectified flow, {blocks}", f"flow {flow_options('flow57')} --start runs/grown/transformer"),
+    Stage("guided", "guidance distillation, {blocks}", f"guidance {flow_options('guided')} --start runs/{{before}}/transformer"),
+)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def stage_rows(runs: Path) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The table of what was trained, and the commands that do it again; stages that were not run are in neither."""
+    rows, commands, before = [], [], ""
+    for stage in STAGES:
+        folder, config = runs / stage.folder, read_json(runs / stage.folder / "transformer" / "config.json")
+        run = read_run(folder)
+        if run is None and not config:
+            continue
+        layers = (config.get("num_layers", 0), config.get("num_single_layers", 0))
+        words = {"before": before, "blocks": "{} + {} blocks".format(*layers), "layers": "{} {}".format(*layers)}
+        if run:
+            words |= run.settings | {"steps": run.steps}
+            loss = f"{run.first_loss:.3g} to {run.last_loss:.3g}"
+            counts = (f"{run.steps:,}", str(run.settings["batch_size"]), f"{run.samples:,}", duration(run.seconds))
+            rows.append((stage.title.format(**words), *counts, loss))
+        commands.append("python -m flux_lab.training." + stage.options.format(**words))
+        before = stage.folder if config else before
+    return rows, [*commands, f"python -m flux_lab.training.export --transformer runs/{before}/transformer"]
+
+
+def scene_commands(runs: Path) -> list[str]:
+    """The commands that render the pictures and train the vocabularies."""
+    commands = []
+    for folder, option in (("scenes", ""), ("scenes_eval", " --held-out")):
+        settings = read_json(runs / folder / "settings.json") or {"count": 32000 if not option else 1000, "seed": int(bool(option))}
+        commands.append(
+            f"python -m flux_lab.training.scenes --count {settings['count']} --seed {settings['seed']} --out runs/{folder}{option}"
+        )
+    return [*commands, "python -m flux_lab.training.tokenizers"]
+
+
+def count_parameters(model: Path) -> dict[str, int]:
+    """The parameters of each part of a checkpoint, from the headers of its files."""
+    counts = {}
+    for file in sorted(model.glob("*/*.safetensors")):
+        with safe_open(file, "pt") as handle:
+            shapes = [handle.get_slice(name).get_shape() for name in handle.keys()]  # noqa: SIM118
+        counts[file.parent.name] = sum(map(math.prod, shapes))
+    return counts
+
+
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+
+# {name}
+
+FLUX.1-dev's anatomy at about 1/32 of its width: {blocks} blocks of width {width}, a 16-channel autoencoder that halves a picture three
+times, CLIP's pooled vector and T5's token vectors, a guidance embedding. It draws one or two solids on a table top, {size} pixels square.
+
+```python
+from flux_lab import FluxPipeline
+image = FluxPipeline.from_pretrained("{path}")("a shiny red sphere to the left of a blue cube on grass").images[0]
+
+from diffusers import FluxPipeline  # the same folder; diffusers knows neither size by itself
+pipe = FluxPipeline.from_pretrained("{path}", dtype=torch.float32)
+image = pipe("a shiny red sphere to the left of a blue cube on grass", height={size}, width={size}, max_sequence_length={length}).images[0]
+```
+
+{parameters}
+
+## Training
+
+Trained on {scenes} pictures of {size} x {size} pixels that our own ray tracer made: one or two objects of {shapes}; {colors}; {sizes};
+{materials}; on a {floors} floor; two objects stand to the left or right, in front of or behind one another. Each picture has {captions}
+captions in many wordings. One in {held_out} of all combinations (colours, shapes, relation) never occurs in training.
+
+{stages}
+
+Computed on {hardware}. The time is the wall clock's, with whatever else the machine did. A loss is that of the stage's own task, at the
+first step and averaged over the last {last}.
+
+{measured}
+## Making it again
+
+From nothing, in the repository; every command goes on where it was stopped:
+
+```
+{commands}
+```
+
+## Limits
+
+- It knows the words of its captions and their synonyms. Anything else gives *some* table top.
+- One or two objects, one camera, one sun, {size} pixels. Other sizes run, but are not what it was trained on.
+- Of what prompts state, it gets the {weakest} right least often: {weakest_share} of the time.
+- It is made to be looked into, not to be used: all its pictures are of solids that its own ray tracer draws better.
+"""
+
+
+def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trained_on: str | None = None) -> None:
+    """Write the card of the checkpoint `model` from its evaluation and the logs of `runs`; `trained_on` describes the machine."""
+    transformer, vae, tokenizer_2 = (
+        read_json(model / name) for name in ("transformer/config.json", "vae/config.json", "tokenizer_2/tokenizer_config.json")
+    )
+    rows, commands = stage_rows(runs)
+    scenes = read_json(runs / "scenes" / "settings.json")
+    settings = report["settings"]
+    evaluate = f"python -m flux_lab.training.evaluate --prompts {settings['prompts']} --steps {settings['steps']}"
+    evaluate += f" --guidance {settings['guidance']:g} --card {path.name if path.is_absolute() else path}"
+    obedience = report["obedience"]
+    weakest = min((name for name in obedience if name != "all"), key=lambda name: obedience[name]["share"])
+    parameters = [(name, f"{count:,}") for name, count in count_parameters(model).items()]
+    text = CARD.format(
+        name=model.name,
+        path=model.name if model.is_absolute() else model,
+        blocks=f"{transformer['num_layers']} + {transformer['num_single_layers']}",
+        width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        size=vae["sample_size"],
+        length=tokenizer_2["model_max_length"],
+        parameters=table(("part", "parameters"), parameters),
+        scenes=f"{scenes.get('count', 0):,}",
+        captions=scenes.get("captions", 0),
+        shapes=", ".join(SHAPES),
+        colors=", ".join(COLORS),
+        sizes=" or ".join(SIZES),
+        materials=" or ".join(MATERIALS),
+        floors=", ".join(FLOORS),
+        held_out=HELD_OUT,
+        stages=table(("stage", "steps", "batch", "samples seen", "time", "loss"), rows),
+        hardware=trained_on or settings["hardware"],
+        last=LAST,
+        measured=to_markdown(report),
+        weakest=weakest,
+        weakest_share=percent(obedience[weakest]["share"]),
+        commands="\n".join([*scene_commands(runs), *commands, evaluate]),
+    )
+    write_text(path, text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m flux_lab.training.card", description="Write the model card.")
+    parser.add_argument("--model", type=Path, default=Path("data/flux-mini"), help="the checkpoint folder")
+    parser.add_argument("--report", type=Path, default=Path("runs/evaluation/report.json"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the training runs")
+    parser.add_argument("--out", type=Path, default=Path("data/flux-mini/README.md"), help="file to write")
+    parser.add_argument("--trained-on", help="the machine, in words; default: the one of the evaluation")
+    options = parser.parse_args(arguments)
+    if not options.report.exists():
+        parser.error(f"--report {options.report}: not there; run python -m flux_lab.training.evaluate first")
+    write_card(options.out, options.model, read_json(options.report), options.runs, options.trained_on)
+
+
+if __name__ == "__main__":
+    main()

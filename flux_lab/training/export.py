@@ -1,0 +1,119 @@
+"""Stage 7: the trained parts become one checkpoint in the diffusers layout.
+
+    python -m flux_lab.training.export --transformer runs/guided/transformer --vae runs/vae/vae --clip runs/clip/text_encoder
+        --t5 runs/t5/text_encoder_2 --tokenizers runs/tokenizers --out data/flux-mini
+
+Numbers are halved in size: bfloat16, which keeps float32's range, for what is trained in long sums of residuals; float16 for the
+autoencoder, whose numbers are small and whose pictures show bfloat16's coarser rounding. Afterwards the folder is loaded and drawn from.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flux_lab import shapes
+from flux_lab.checkpoints import load_autoencoder, load_clip, load_t5, load_transformer, write_pipeline
+from flux_lab.config import FLUX_DEV_SCHEDULER
+from flux_lab.latents import PATCH
+from flux_lab.pipeline import FluxPipeline
+from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROOF = "a red cube on grass"
+
+
+def export(
+    *,
+    transformer: Path,
+    vae: Path,
+    clip: Path,
+    t5: Path,
+    tokenizers: Path,
+    out: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    vae_dtype: torch.dtype = torch.float16,
+) -> FluxPipeline:
+    """Write the checkpoint `out` from the folders of its parts, and return the pipeline that was loaded from it.
+
+    Raises CheckpointError for a part that cannot be read, ValueError for parts that do not fit together or lose their numbers.
+    """
+    models = {
+        "transformer": load_transformer(transformer, dtype),
+        "vae": load_autoencoder(vae, vae_dtype),
+        "text_encoder": load_clip(clip, dtype),
+        "text_encoder_2": load_t5(t5, dtype),
+    }
+    check_fit(models)
+    check_finite(models)
+    copied = {name: Path(tokenizers) / name for name in ("tokenizer", "tokenizer_2")}
+    write_pipeline(out, models=models, scheduler=FlowMatchEulerDiscreteScheduler(FLUX_DEV_SCHEDULER), tokenizers=copied)
+    pipe = FluxPipeline.from_pretrained(out)
+    check_picture(pipe)
+    return pipe
+
+
+def check_fit(models: dict[str, Any]) -> None:
+    """Raises ValueError where the transformer does not take what another part gives."""
+    transformer, vae, clip, t5 = (models[name].config for name in ("transformer", "vae", "text_encoder", "text_encoder_2"))
+    pairs = (
+        ("joint_attention_dim", transformer.joint_attention_dim, "T5's d_model", t5.d_model),
+        ("pooled_projection_dim", transformer.pooled_projection_dim, "CLIP's hidden_size", clip.hidden_size),
+        ("in_channels", transformer.in_channels, f"the VAE's latent_channels * {PATCH**2}", vae.latent_channels * PATCH**2),
+    )
+    for name, expected, other, given in pairs:
+        if expected != given:
+            raise ValueError(f"the transformer has {name}={expected}, but {other} is {given}: not trained together")
+
+
+def check_finite(models: dict[str, Any]) -> None:
+    """Raises ValueError for a number that is not finite: broken in training, or too large for the dtype."""
+    for part, model in models.items():
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{part}: {name} has numbers that are not finite in {tensor.dtype}")
+
+
+def check_picture(pipe: FluxPipeline) -> None:
+    """Draw a picture in two steps. Raises ValueError when it is empty or not finite."""
+    pipe.set_progress_bar_config(disable=True)
+    with shapes.checks(enabled=False):
+        (picture,) = pipe(PROOF, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+    pipe.set_progress_bar_config()
+    spread = float(np.std(picture))
+    if not math.isfinite(spread) or spread == 0:
+        raise ValueError(f"the exported pipeline draws nothing: expected a picture, got a standard deviation of {spread}")
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each of a checkpoint's folders."""
+    return {part.name: sum(file.stat().st_size for file in part.iterdir()) for part in sorted(Path(folder).iterdir()) if part.is_dir()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m flux_lab.training.export", description="Write the miniature in the diffusers layout.")
+    parser.add_argument("--transformer", type=Path, default=Path("runs/guided/transformer"))
+    parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
+    parser.add_argument("--clip", type=Path, default=Path("runs/clip/text_encoder"))
+    parser.add_argument("--t5", type=Path, default=Path("runs/t5/text_encoder_2"))
+    parser.add_argument("--tokenizers", type=Path, default=Path("runs/tokenizers"), help="the folder of tokenizer/ and tokenizer_2/")
+    parser.add_argument("--out", type=Path, default=Path("data/flux-mini"), help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer and the text encoders")
+    parser.add_argument("--vae-dtype", choices=DTYPES, default="float16")
+    options = vars(parser.parse_args(arguments))
+    options |= {name: DTYPES[options[name]] for name in ("dtype", "vae_dtype")}
+    try:
+        pipe = export(**options)
+    except ValueError as error:
+        parser.error(str(error))
+    for name, size in sizes(options["out"]).items():
+        print(f"{name:<16} {size / 1e6:6.2f} MB")
+    config = pipe.transformer.config
+    print(f"{options['out']}: {config.num_layers} + {config.num_single_layers} blocks, loaded and drawn from")
+
+
+if __name__ == "__main__":
+    main()

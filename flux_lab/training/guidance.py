@@ -1,0 +1,88 @@
+"""Stage 6: guidance distillation.
+
+    python -m flux_lab.training.guidance --start runs/grown/transformer --teacher runs/flow/transformer --out runs/guided
+
+The guidance embedding learns what true classifier-free guidance does in two passes, v_uncond + w (v_cond - v_uncond) with w in
+[1, 6], in one (Meng et al. 2022, arXiv 2210.03142). A part of every batch goes on learning from pictures, with w = 1. The teacher may be
+shallower than the student. Writes `transformer/` (a diffusers folder).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from flux_lab.checkpoints import load_clip, load_t5, load_transformer
+from flux_lab.latents import pack_latents
+from flux_lab.training.flow import Encoders, FlowBatches, add_options, compile_blocks, export, predict_velocity, settings_of
+from flux_lab.training.loop import train
+from flux_lab.transformer import FluxTransformer2DModel
+
+STRONGEST = 6.0
+
+
+class GuidanceLoss(nn.Module):
+    """The student learns the teacher's guided velocity where w > 1, the pictures' own velocity where w = 1."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
+        super().__init__()
+        self.transformer, self.encoders = transformer, encoders
+        self.teacher = teacher.eval().requires_grad_(False)
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, no_clip: Tensor, no_t5: Tensor, guidance: Tensor
+    ) -> dict[str, Tensor]:
+        x_t = torch.lerp(latents, noise, t[:, None, None, None])
+        text = self.encoders(clip_ids, t5_ids)
+        target = pack_latents(noise - latents)
+        distilled = guidance > 1
+        without = self.encoders(no_clip, no_t5)
+        target[distilled] = self.guided(x_t, t, text, without, guidance, distilled)
+        error = (predict_velocity(self.transformer, x_t, t, text, guidance) - target).square().mean(dim=(1, 2))
+        return {"loss": error.mean(), "flow_loss": error[~distilled].mean(), "distillation_loss": error[distilled].mean()}
+
+    @torch.no_grad()
+    def guided(
+        self, x_t: Tensor, t: Tensor, text: tuple, without: tuple, guidance: Tensor, which: Tensor
+    ) -> Float[Tensor, "some tokens channels"]:
+        """The teacher's velocity with classifier-free guidance, for the chosen part of the batch: both passes as one batch."""
+        both = tuple(torch.cat([a[which], b[which]]) for a, b in zip(text, without, strict=True))
+        twice = [torch.cat([value[which]] * 2) for value in (x_t, t)]
+        conditional, unconditional = predict_velocity(self.teacher, *twice, both, torch.ones_like(twice[1])).chunk(2)
+        return torch.lerp(unconditional, conditional, guidance[which, None, None])
+
+
+class GuidanceBatches(FlowBatches):
+    """Batches of the flow, with the empty caption beside every caption and a guidance strength. The first quarter learns from pictures."""
+
+    def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = super().__call__(step, generator)
+        count = self.batch_size
+        guidance = 1 + (STRONGEST - 1) * torch.rand(count, generator=generator)
+        guidance[torch.arange(count) % 4 == 0] = 1.0
+        return batch | {"no_clip": self.no_clip.repeat(count, 1), "no_t5": self.no_t5.repeat(count, 1), "guidance": guidance}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/guided"))
+    parser.add_argument("--start", type=Path, default=Path("runs/flow/transformer"))
+    parser.add_argument("--teacher", type=Path, help="default: the transformer of --start")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    student = load_transformer(options.start).float().requires_grad_(True)
+    teacher = load_transformer(options.teacher or options.start).float()
+    if options.compile:
+        compile_blocks(student)
+    encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
+    batches = GuidanceBatches(options.scenes, options.tokenizers, options.latents, options.batch)
+    train(GuidanceLoss(student, teacher, encoders), batches, options.out, settings_of(options))
+    export(options.out, student)
+
+
+if __name__ == "__main__":
+    main()

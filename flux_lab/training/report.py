@@ -1,0 +1,133 @@
+"""What an evaluation says: shares with their intervals, tables in markdown, and a sheet of pictures."""
+
+import json
+import math
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+Z = 1.959964  # of the normal distribution, for 95 %
+COLUMNS = 8
+WRONG, RIGHT = "#b3261e", "#1b1b1b"
+
+
+class Tally(NamedTuple):
+    """`right` of `count`."""
+
+    right: int
+    count: int
+
+    @property
+    def share(self) -> float:
+        return self.right / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share (Wilson 1927): it stays inside 0 ... 1, also when all are right."""
+        width = Z**2 / self.count
+        middle = (self.share + width / 2) / (1 + width)
+        half = Z / (1 + width) * math.sqrt(self.share * (1 - self.share) / self.count + width / (4 * self.count))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+    def to_dict(self) -> dict[str, float]:
+        low, high = self.interval
+        return {"right": self.right, "count": self.count, "share": self.share, "low": low, "high": high}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name, then rename."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, its columns padded so that it reads well as it is; all but the first are numbers, to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+        return "| " + " | ".join([cells[0].ljust(widths[0]), *rest]) + " |"
+
+    rule = line(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def share_of(section: dict[str, dict], name: str) -> str:
+    return percent(section[name]["share"]) if name in section else "-"
+
+
+def obedience_section(report: dict[str, Any]) -> str:
+    """What is right, beside what the reader gets right of pictures that are right by construction."""
+    reader, settings = report["reader"], report["settings"]
+    header = ("attribute", "right", "of", "share", "95 % interval", "reader, rendered", "reader, reconstructed")
+    rows = []
+    for name, each in report["obedience"].items():
+        interval = f"{percent(each['low'])} to {percent(each['high'])}"
+        own = (share_of(reader["rendered"], name), share_of(reader["reconstructed"], name))
+        rows.append((name, str(each["right"]), str(each["count"]), percent(each["share"]), interval, *own))
+    true_cfg = f", true CFG {settings['true_cfg']:g}" if settings["true_cfg"] > 1 else ""
+    return (
+        f"{settings['prompts']} prompts ({settings['combinations']} combinations), {settings['steps']} steps, "
+        f"guidance {settings['guidance']:g}{true_cfg}, {settings['seconds_per_picture']:.2f} s a picture on {settings['hardware']}. "
+        "Only what a prompt states is scored; a pair is right when both objects are.\n\n" + table(header, rows)
+    )
+
+
+def vae_section(report: dict[str, Any]) -> str:
+    vae = report["vae"]
+    rows = [
+        ("PSNR", f"{vae['psnr']:.2f} dB"),
+        ("PSNR inside the objects", f"{vae['psnr_inside_objects']:.2f} dB"),
+        ("mean of the scaled latents", f"{vae['latent_mean']:+.3f}"),
+        ("their standard deviation", f"{vae['latent_std']:.3f}"),
+    ]
+    return f"{vae['pictures']} unseen scenes, encoded and decoded.\n\n" + table(("autoencoder", "mean"), rows)
+
+
+# A section of the report and how it is written; those that a report does not have are left out.
+SECTIONS = {"obedience": ("Obedience", obedience_section), "vae": ("Autoencoder", vae_section)}
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    return "\n\n".join(f"## {title}\n\n{write(report)}" for name, (title, write) in SECTIONS.items() if name in report) + "\n"
+
+
+def draw_samples(
+    path: Path,
+    images: UInt8[np.ndarray, "images height width 3"],
+    prompts: Sequence[str],
+    scores: Sequence[dict[str, bool]],
+    rows: int = 6,
+) -> None:
+    """A sheet of the first pictures under their prompts; what is wrong is named in red below."""
+    from matplotlib.figure import Figure
+
+    shown = min(len(images), rows * COLUMNS)
+    rows = -(-shown // COLUMNS)
+    figure = Figure(figsize=(1.6 * COLUMNS, 2.2 * rows), layout="constrained")
+    for place, axes in enumerate(figure.subplots(rows, COLUMNS, squeeze=False).flat):
+        axes.set(xticks=[], yticks=[])
+        axes.set_frame_on(False)
+        if place < shown:
+            wrong = [name for name, right in scores[place].items() if not right]
+            axes.imshow(images[place], interpolation="nearest")
+            axes.set_title(textwrap.fill(prompts[place], 30), fontsize=6, parse_math=False)
+            axes.set_xlabel(("not right: " + ", ".join(wrong)) if wrong else "all right", fontsize=6, color=WRONG if wrong else RIGHT)
+    part = Path(path).with_suffix(".part")
+    figure.savefig(part, format="png", dpi=100)
+    os.replace(part, path)

@@ -1,0 +1,70 @@
+"""The training loop: a run that is killed and resumed ends with the same parameters as one that was not."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from flux_lab.training.loop import Settings, load_trained, train
+
+SETTINGS = Settings(steps=7, batch_size=4, learning_rate=0.01, warmup=2, ema=0.9, save_every=3)
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return {"loss": self.conv(x).square().mean(), "largest": x.max()}
+
+
+def batch(step, generator):
+    return {"x": torch.randn(4, 2, 5, 5, generator=generator)}
+
+
+def run(out, make_batch=batch, settings=SETTINGS):
+    torch.manual_seed(0)
+    return train(Line(), make_batch, out, settings)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    expected = run(tmp_path / "whole")
+
+    def killed(step, generator):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batch(step, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", killed)
+    resumed = run(tmp_path / "killed")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "killed")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == SETTINGS.steps
+
+
+def test_the_average_is_what_is_loaded(tmp_path):
+    expected = run(tmp_path)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_trained(tmp_path).items())
+
+
+def test_other_settings_are_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with batch_size=4, asked for 8"):
+        run(tmp_path, settings=Settings(steps=7, batch_size=8, learning_rate=0.01, warmup=2, ema=0.9, save_every=3))
+
+
+def test_nothing_trained_yet(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint\.safetensors: not there; run the stage"):
+        load_trained(tmp_path)
+
+
+def test_the_rate_warms_up_stays_and_falls_to_zero():
+    settings = Settings(steps=100, batch_size=1, learning_rate=1.0, warmup=10, decay=0.5)
+    assert [settings.rate(step) for step in (0, 4, 9, 30, 50)] == [0.1, 0.5, 1.0, 1.0, 1.0]
+    assert settings.rate(75) == pytest.approx(0.5)
+    assert settings.rate(99) == pytest.approx(0.02)

@@ -1,0 +1,237 @@
+"""The evaluation: its statistics, its measurements on cases with a known answer, and the whole command on a tiny checkpoint."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from training_parts import write_parts
+
+from flux_lab import FluxPipeline
+from flux_lab.latents import pack_latents
+from flux_lab.training import captions, card, evaluate, export, quality, reader, report, world
+from flux_lab.training.report import Tally
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluated")
+    export.export(**write_parts(folder), out=folder / "mini", dtype=torch.float32, vae_dtype=torch.float32)
+    return folder / "mini"
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return FluxPipeline.from_pretrained(model)
+
+
+# ---- statistics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "count", "low", "high"),
+    [(90, 100, 0.8256, 0.9448), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (140, 200, 0.6332, 0.7592)],
+)
+def test_wilson_interval(right, count, low, high):
+    assert Tally(right, count).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_only_what_is_stated_counts():
+    scores = [{"count": True, "color": True}, {"count": True, "color": False, "floor": True}, {"count": True}]
+    table = evaluate.tally(scores)
+    assert table == {"count": Tally(3, 3), "color": Tally(1, 2), "floor": Tally(1, 1), "all": Tally(2, 3)}
+    assert list(table) == [name for name in evaluate.ORDER if name in table]
+
+
+# ---- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_held_out_and_their_seed_alone_decides():
+    scenes = evaluate.sample_scenes(20, seed=3)
+    assert all(world.held_out(scene) for scene in scenes)
+    assert scenes == evaluate.sample_scenes(20, seed=3)
+    assert scenes != evaluate.sample_scenes(20, seed=4)
+    assert not any(world.held_out(scene) for scene in evaluate.sample_scenes(20, which="train"))
+
+
+def test_prompts_state_what_is_true_of_their_scene():
+    scenes = evaluate.sample_scenes(20)
+    for scene, caption in zip(scenes, evaluate.sample_captions(scenes), strict=True):
+        ways = [captions.everything(way) for way in (scene, scene.swapped())]
+        assert any(all(evaluate.score(caption.stated, way).values()) for way in ways)
+
+
+# ---- the autoencoder ----------------------------------------------------------------------------------------------------
+
+
+def test_psnr_of_a_known_error():
+    images = np.full((2, 4, 6, 3), 100, np.uint8)
+    others = images.copy()
+    others[0] += 10
+    others[1, :, :3] += 20
+    masks = np.zeros((2, 4, 6), bool)
+    masks[:, :, :3] = True
+    assert quality.psnr(images, others) == pytest.approx([20 * np.log10(25.5), 20 * np.log10(255 / 20 * 2**0.5)])
+    assert quality.psnr(images, others, masks) == pytest.approx([20 * np.log10(25.5), 20 * np.log10(255 / 20)])
+    assert np.isfinite(quality.psnr(images, images)).all()
+
+
+def test_masks_cover_the_objects_and_nothing_else():
+    scenes = evaluate.sample_scenes(6)
+    before = pictures_of(scenes)
+    masks = quality.object_masks(scenes, 64)
+    # Another colour of an object changes all pixels of the mask, and hardly any other: reflections are of the sky alone.
+    recolored = [
+        dataclasses.replace(scene, objects=tuple(dataclasses.replace(each, color=other(each.color)) for each in scene.objects))
+        for scene in scenes
+    ]
+    changed = (before != pictures_of(recolored)).any(axis=-1)
+    assert changed[masks].mean() > 0.98
+    assert (changed & ~masks).mean() < 0.03
+    assert 0.01 < masks.mean() < 0.4
+
+
+def pictures_of(scenes):
+    return evaluate.render(scenes, 64)
+
+
+def other(color):
+    return world.COLORS[(world.COLORS.index(color) + 3) % len(world.COLORS)]
+
+
+def test_reconstructions_and_latents_are_the_autoencoders(pipe):
+    images = evaluate.render(evaluate.sample_scenes(3), 128)
+    decoded, latents = quality.reconstruct(pipe.vae, images, batch_size=2)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        mode = pipe.vae.encode(pixels).mode()
+        expected = pipe.image_processor.postprocess(pipe.vae.decode(mode))
+    assert np.abs(decoded.astype(int) - np.stack([np.asarray(each) for each in expected])).max() <= 1
+    torch.testing.assert_close(latents, (mode - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor)
+    # What the pipeline does before it decodes undoes this scaling.
+    again = np.stack([np.asarray(each) for each in pipe.decode(pack_latents(latents), 128, 128)])
+    assert np.abs(decoded.astype(int) - again).max() <= 1
+
+
+# ---- generating ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_depends_on_its_prompt_and_number_alone(pipe):
+    prompts = ["red cube", "blue ball", "cone"]
+    together = evaluate.generate(pipe, prompts, num_inference_steps=2)
+    apart = evaluate.generate(pipe, prompts, num_inference_steps=2, batch_size=1)
+    assert together.shape == (3, 128, 128, 3)
+    assert np.abs(together.astype(int) - apart).max() <= 1
+    pipe.set_progress_bar_config(disable=True)
+    (second,) = pipe(prompts[1], num_inference_steps=2, generator=torch.Generator().manual_seed(1)).images
+    assert np.abs(together[1].astype(int) - np.asarray(second)).max() <= 1
+    swapped = evaluate.generate(pipe, prompts, prompts_2=prompts[::-1], num_inference_steps=2)
+    differs = [np.abs(swapped[index].astype(int) - together[index]).max() > 1 for index in range(3)]
+    assert differs == [True, False, True]
+
+
+def test_obedience_is_what_the_reader_sees(pipe, monkeypatch):
+    scenes = evaluate.sample_scenes(4)
+    stated = evaluate.sample_captions(scenes)
+    shown = [captions.everything(scene) for scene in scenes]
+    shown[3] = dataclasses.replace(shown[3], objects=())
+    monkeypatch.setattr(evaluate, "read_attributes", lambda reader, images: shown)
+    result = evaluate.obedience_of(pipe, None, stated, num_inference_steps=1)
+    assert [all(each.values()) for each in result.scores] == [True, True, True, False]
+    assert result.table["all"] == result.table["count"] == Tally(3, 4)
+
+
+# ---- the command, its report and the model card -------------------------------------------------------------------------
+
+
+def write_run(folder, steps=(1.0, 2.0, 1.5), batch_size=4):
+    folder.mkdir(parents=True)
+    settings = {"steps": len(steps), "batch_size": batch_size, "learning_rate": 0.001, "decay": 0.3, "ema": 0.99}
+    save_file({"model.x": torch.zeros(1)}, folder / "checkpoint.safetensors", {"step": "3", "settings": json.dumps(settings)})
+    lines = [json.dumps({"step": step, "loss": 3.0 - step, "seconds": seconds}) for step, seconds in enumerate(steps)]
+    (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluation")
+    (folder / "reader").mkdir()
+    reader.save_reader(reader.Reader(), folder / "reader")
+    write_run(folder / "runs" / "vae")
+    write_run(folder / "runs" / "guided", steps=(60.0, 7200.0))
+    (folder / "runs" / "scenes").mkdir()
+    (folder / "runs" / "scenes" / "settings.json").write_text(json.dumps({"count": 32000, "seed": 7, "captions": 8}))
+    (folder / "runs" / "guided" / "transformer").mkdir()
+    (folder / "runs" / "guided" / "transformer" / "config.json").write_text((model / "transformer" / "config.json").read_text())
+    sizes = ["--prompts", "3", "--scenes", "2", "--steps", "1", "--batch", "2", "--true-cfg", "2", "--device", "cpu"]
+    folders = ["--model", str(model), "--reader", str(folder / "reader"), "--out", str(folder / "out"), "--runs", str(folder / "runs")]
+    evaluate.main([*sizes, *folders, "--card", str(folder / "README.md"), "--trained-on", "two cores"])
+    return folder
+
+
+def test_the_command_writes_its_report(evaluated):
+    written = json.loads((evaluated / "out" / "report.json").read_text())
+    assert written["obedience"]["count"]["count"] == 3
+    assert set(written["reader"]) == {"rendered", "reconstructed"}
+    assert written["reader"]["rendered"]["relation"]["count"] == 2
+    assert written["vae"]["psnr"] > 0
+    text = (evaluated / "out" / "report.md").read_text()
+    assert text == "# Evaluation\n\n" + report.to_markdown(written)
+    for word in (
+        "| attribute",
+        "| relation",
+        "PSNR inside the objects",
+        "3 prompts (held-out combinations), 1 steps, guidance 3.5, true CFG 2",
+    ):
+        assert word in text
+    with Image.open(evaluated / "out" / "samples.png") as sheet:
+        assert sheet.format == "PNG"
+    assert not list(evaluated.rglob("*.part"))
+
+
+def test_the_card_says_how_it_was_made(evaluated):
+    text = (evaluated / "README.md").read_text()
+    for line in (
+        "| autoencoder, 64-pixel crops",
+        "guidance distillation, 2 + 3 blocks",
+        "Computed on two cores.",
+        "python -m flux_lab.training.scenes --count 32000 --seed 7 --out runs/scenes",
+        "python -m flux_lab.training.vae --steps 3 --batch 4 --rate 0.001",
+        "python -m flux_lab.training.export --transformer runs/guided/transformer",
+        "## Limits",
+    ):
+        assert line in text
+    assert str(evaluated) not in text
+    assert "{" not in text
+
+
+def test_the_card_can_be_written_again(evaluated, model):
+    folders = ["--model", str(model), "--runs", str(evaluated / "runs"), "--report", str(evaluated / "out" / "report.json")]
+    before = (evaluated / "README.md").read_text()
+    card.main([*folders, "--out", str(evaluated / "README.md"), "--trained-on", "two cores"])
+    assert (evaluated / "README.md").read_text() == before
+
+
+def test_a_run_that_was_stopped_counts_all_its_time(tmp_path):
+    write_run(tmp_path / "run", steps=(10.0, 20.0, 30.0, 5.0, 15.0, 2.0))
+    run = card.read_run(tmp_path / "run")
+    assert run.seconds == 30 + 15 + 2
+    assert (run.steps, run.samples) == (6, 24)
+    assert card.read_run(tmp_path) is None
+
+
+@pytest.mark.parametrize(("option", "value"), [("--prompts", "0"), ("--steps", "-1"), ("--batch", "0"), ("--scenes", "0")])
+def test_bad_arguments_are_named(option, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([option, value])
+    assert stopped.value.code == 2
+    assert f"{option} must be at least 1, got {value}" in capsys.readouterr().err
+
+
+def test_a_missing_report_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        card.main(["--report", str(tmp_path / "report.json")])
+    assert "run python -m flux_lab.training.evaluate first" in capsys.readouterr().err
