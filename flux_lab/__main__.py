@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 # Columns of a film strip, and the longest side of a frame in pixels.
-STRIP_STEPS, STRIP_FRAME, STRIP_MARGIN, STRIP_CAPTION = 8, 160, 6, 16
+STRIP_STEPS, STRIP_FRAME, STRIP_MARGIN, STRIP_CAPTION = 8, 144, 6, 16
 INTERRUPTED = 130
 
 
@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; a mistake in the arguments raises SystemExit(2)."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(f"flux-lab: {message}", file=sys.stderr)
     try:
-        return arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"flux-lab: {message}", file=sys.stderr)
+            return arguments.run(arguments)
     except KeyboardInterrupt:
         print("flux-lab: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -27,7 +27,7 @@ _enabled = contextvars.ContextVar("flux_lab_shape_checks", default=os.environ.ge
 
 
 class ShapeError(ValueError):
-    """A tensor does not have the shape or dtype in the signature. Names the function, the argument, the axes expected and the shape that came."""
+    """A tensor is not what the signature says. Names the function, the argument, the axes expected and the shape that came."""
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def shaped(function: Function) -> Function:
     Raises ShapeError. Arguments without a tensor in their annotation are not checked.
     """
     signature = inspect.signature(function)
-    hints = {name: parameter.annotation for name, parameter in signature.parameters.items() if _axes_in(parameter.annotation)}
+    hints = _tensor_hints(signature)
     returns = signature.return_annotation if _axes_in(signature.return_annotation) else None
 
     @functools.wraps(function)
@@ -65,6 +65,11 @@ def shaped(function: Function) -> Function:
         return result
 
     return wrapper
+
+
+def _tensor_hints(signature: inspect.Signature) -> dict[str, Any]:
+    """The parameters with a tensor in their annotation."""
+    return {name: parameter.annotation for name, parameter in signature.parameters.items() if _axes_in(parameter.annotation)}
 
 
 def _axes_in(annotation: Any) -> list[type[AbstractArray]]:

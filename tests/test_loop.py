@@ -1,6 +1,10 @@
 """The training loop: a run that is killed and resumed ends with the same parameters as one that was not."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +72,30 @@ def test_the_rate_warms_up_stays_and_falls_to_zero():
     assert [settings.rate(step) for step in (0, 4, 9, 30, 50)] == [0.1, 0.5, 1.0, 1.0, 1.0]
     assert settings.rate(75) == pytest.approx(0.5)
     assert settings.rate(99) == pytest.approx(0.02)
+
+
+SHARED_RUN = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import test_loop
+out = Path(sys.argv[1])
+test_loop.run(out)
+(out / ("rank" + os.environ["RANK"])).touch()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SHARED_RUN)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path / "two")]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run(launch, check=True, capture_output=True, timeout=300, cwd=Path(__file__).parent.parent, env=environment)
+    assert sorted(path.name for path in (tmp_path / "two").glob("rank*")) == ["rank0", "rank1"]
+    run(tmp_path / "one")
+    one, two = (load_trained(tmp_path / name) for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

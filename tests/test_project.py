@@ -25,7 +25,7 @@ EIGHT = ["jupyterlab", "torch", "diffusers", "transformers", "matplotlib", "ipyw
 CORE = [
     *["config", "shapes", "tokenizer", "sentencepiece_model", "clip_tokenizer", "t5_tokenizer", "clip", "t5", "prompt", "latents"],
     *["scheduler", "embeddings", "rope", "normalization", "attention", "blocks", "transformer", "autoencoder", "image_processor"],
-    *["checkpoints", "pipeline"],
+    *["original_layout", "checkpoints", "pipeline"],
 ]
 AROUND = ["instruments", "exercises", "training", "inference", "sd15"]
 # What the packages around the core may import of one another.

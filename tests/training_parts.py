@@ -32,6 +32,6 @@ def write_parts(folder: Path) -> dict[str, Path]:
         save_model(randomize_(model, seed), folder / name)
     (folder / "tokenizers").mkdir()
     rng = np.random.default_rng(0)
-    texts = [caption.text for _ in range(60) for caption in captions(sample_scene(rng), rng, 4)]
+    texts = [caption.text for _ in range(30) for caption in captions(sample_scene(rng), rng, 3)]
     write_tokenizers(folder / "tokenizers", texts + EVERYDAY.split(), clip_size=CLIP.vocab_size, t5_size=400)
     return {name: folder / name for name in (*models, "tokenizers")}

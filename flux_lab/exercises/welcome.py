@@ -8,10 +8,10 @@ from torch import Tensor
 
 from flux_lab.exercises.checking import Exercise, Misconception
 from flux_lab.latents import PATCH
+from flux_lab.prompt import MAX_SEQUENCE_LENGTH
 
 SCALE = 8  # pixels for each latent, along one side
 SIDE = SCALE * PATCH  # pixels for each token, along one side
-NUMBERS = 64  # in one token
 
 
 # ---- how many tokens a picture has --------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ IMAGE_TOKENS = Exercise(
         Misconception(
             "no autoencoder",
             lambda height, width: (height // PATCH) * (width // PATCH),
-            "you cut the pixels into 2 x 2 patches. The patches are cut from the latents, which are 8 times smaller along each side",
+            "you got a quarter of the pixels: 2 x 2 pixels each. The patches are cut from latents, which are 8 times smaller along each side",
         ),
         Misconception(
             "divided once",
@@ -48,9 +48,9 @@ IMAGE_TOKENS = Exercise(
             "you divided the number of pixels by 16. Each of the two sides is divided by 16, the area by 256",
         ),
         Misconception(
-            "counted numbers",
-            lambda height, width: (height // SIDE) * (width // SIDE) * NUMBERS,
-            "you counted the numbers in all tokens. Each token holds 64 of them; the question is how many tokens there are",
+            "text counted too",
+            lambda height, width: (height // SIDE) * (width // SIDE) + MAX_SEQUENCE_LENGTH,
+            f"you added the {MAX_SEQUENCE_LENGTH} text tokens. They go through the network too, but the question is about the picture's",
         ),
         Misconception(
             "height twice",

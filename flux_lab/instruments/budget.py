@@ -35,7 +35,10 @@ def parameter_counts(anatomy: Anatomy) -> dict[str, int]:
 
 
 def budget(*anatomies: Anatomy) -> Table:
-    """The parameters of every part and of the whole, by default of the miniature and of FLUX.1-dev, and how many times more the last has."""
+    """The parameters of every part and of the whole, by default of the miniature and of FLUX.1-dev.
+
+    The last column says how many times as many the last model has as the first.
+    """
     anatomies = anatomies or (MINIATURE, FLUX_1_DEV)
     counts = [parameter_counts(anatomy) for anatomy in anatomies]
     rows = [[f"`{part}`", *(count[part] for count in counts)] for part in MODELS]

@@ -79,7 +79,7 @@ def config_table(part: str, anatomy: Anatomy = MINIATURE, reference: Anatomy = F
     theirs: Config = getattr(reference, part)
     meanings = MEANINGS[ours.CLASS_NAME]
     names = [field.name for field in dataclasses.fields(ours)]
-    rows = [[f"`{name}`", _value(getattr(ours, name)), _value(getattr(theirs, name)), meanings[name]] for name in names]
+    rows = [[f"`{name}`", getattr(ours, name), getattr(theirs, name), meanings[name]] for name in names]
     return Table([part, anatomy.name, reference.name, "what it is"], rows)
 
 
@@ -87,10 +87,3 @@ def model_index(folder: str | Path) -> Table:
     """The parts that a checkpoint's `model_index.json` names: folder, the library that has its class upstream, and the class."""
     values = json.loads((Path(folder) / "model_index.json").read_text(encoding="utf-8"))
     return Table(["folder", "library", "class"], [[f"`{part}/`", *value] for part, value in values.items() if isinstance(value, list)])
-
-
-def _value(value: object) -> str:
-    """A number as it stands in a json file, so that small and large ones share a column."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}" if value >= 10_000 else str(value)
-    return str(list(value)) if isinstance(value, tuple) else str(value)

@@ -1,4 +1,7 @@
-"""Colours and sizes that all pictures share. The colours are those of Okabe and Ito, which people with any kind of colour vision tell apart."""
+"""Colours and sizes that all pictures share.
+
+The colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart.
+"""
 
 BLUE, VERMILLION, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7"
 INK, FAINT, PAPER, PALE = "#1a1a1a", "#b5b5b5", "#ffffff", "#eef3f7"

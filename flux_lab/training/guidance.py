@@ -55,7 +55,7 @@ class GuidanceLoss(nn.Module):
 
 
 class GuidanceBatches(FlowBatches):
-    """Batches of the flow, with the empty caption beside every caption and a guidance strength. The first quarter learns from pictures."""
+    """Batches of the flow, with the empty caption beside every caption and a guidance strength. Every fourth learns from pictures."""
 
     def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = super().__call__(step, generator)

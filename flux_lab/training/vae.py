@@ -4,7 +4,7 @@
 
 Loss: L1 + 2 MSE + 2e-5 KL. Crops of 64 pixels for the first three quarters, then whole pictures. Afterwards the latents' mean and
 standard deviation are measured: they become shift_factor and scaling_factor, so that the transformer sees mean 0 and deviation 1.
-Writes `vae/` (a diffusers folder) and `latents.safetensors` (posterior means, scaled, float16 [scenes, 16, 16, 16]).
+Writes `vae/` (a diffusers folder) and `latents.safetensors` (posterior means of the scenes, scaled, float16 [scenes, 16, 16, 16]).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flux_lab import shapes
 from flux_lab.autoencoder import AutoencoderKL
-
+from flux_lab.checkpoints import save_model
 from flux_lab.config import MINI_VAE, AutoencoderKLConfig
 from flux_lab.training.loop import Settings, load_trained, train
 from flux_lab.training.scenes import read_images
@@ -75,7 +75,7 @@ class Pictures:
 
 def to_tensor(images: np.ndarray) -> Float[Tensor, "batch 3 height width"]:
     """uint8 pictures to [-1, 1]."""
-    return rearrange(torch.from_numpy(images), "batch height width channels -> batch channels height width").float() / 127.5 - 1
+    return rearrange(torch.from_numpy(np.array(images)), "batch height width channels -> batch channels height width").float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -103,12 +103,11 @@ def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> Autoen
     vae.load_state_dict(trained)
     latents = encode_all(vae.to("cuda" if torch.cuda.is_available() else "cpu"), images)
     vae.config = measured_scaling(config, latents)
-    from flux_lab.checkpoints import save_model
 
     save_model(vae.cpu(), out / "vae")
     scaled = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
     temporary = out / "latents.safetensors.part"
-    save_file({"latents": scaled.half()}, temporary)
+    save_file({"latents": scaled.half().contiguous()}, temporary)
     os.replace(temporary, out / "latents.safetensors")
     return vae.config
 
@@ -120,13 +119,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16, help="crops a step")
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--encode", type=int, help="how many scenes to encode afterwards (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     images = read_images(options.scenes)
     settings = Settings(steps=options.steps, batch_size=options.batch, learning_rate=options.rate, ema=0.998, seed=options.seed)
     torch.manual_seed(options.seed)
     train(VAELoss(MINI_VAE), Pictures(images, settings, MINI_VAE), options.out, settings)
-    config = export(options.out, MINI_VAE, images)
+    config = export(options.out, MINI_VAE, images[: options.encode])
     print(f"shift_factor {config.shift_factor}, scaling_factor {config.scaling_factor}")
 
 
