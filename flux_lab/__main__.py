@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from flux_lab import __version__, data_dir
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
     from tqdm import tqdm
 
@@ -176,8 +175,9 @@ def load(arguments: argparse.Namespace) -> "FluxPipeline":
     from flux_lab.pipeline import FluxPipeline
 
     device = choose_device(arguments.device)
-    exact = arguments.model is None or device == "cpu"
-    dtype = {"auto": "float32" if exact else "bfloat16"}.get(arguments.dtype, arguments.dtype)
+    dtype = arguments.dtype
+    if dtype == "auto":
+        dtype = "float32" if arguments.model is None or device == "cpu" else "bfloat16"
     return FluxPipeline.from_pretrained(arguments.model or data_dir() / "flux-mini", dtype=getattr(torch, dtype), device=device)
 
 
@@ -243,7 +243,7 @@ def film_strip(frames: Sequence[Frame]) -> "Image.Image":
 
 def metadata(arguments: argparse.Namespace, seed: int, picture: "Image.Image", pipe: "FluxPipeline") -> dict[str, str]:
     """What the picture was made from, under the names of the pipeline's arguments. Of a model's folder only the last name."""
-    parameter: torch.nn.Parameter = next(pipe.transformer.parameters())
+    parameter = next(pipe.transformer.parameters())
     local = arguments.model is not None and Path(arguments.model).is_dir()
     values = {
         "Software": f"flux_lab {__version__}",

@@ -61,7 +61,8 @@ class FluxTransformer2DConfig(Config):
     def __post_init__(self):
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
-                f"axes_dims_rope={self.axes_dims_rope} sums to {sum(self.axes_dims_rope)}, expected attention_head_dim={self.attention_head_dim}"
+                f"axes_dims_rope={self.axes_dims_rope} sums to {sum(self.axes_dims_rope)}, "
+                f"expected attention_head_dim={self.attention_head_dim}"
             )
         if any(dim % 2 for dim in self.axes_dims_rope):
             raise ValueError(f"axes_dims_rope={self.axes_dims_rope}: RoPE turns pairs of channels, expected even numbers")
@@ -177,7 +178,7 @@ class T5Config(Config):
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatchEulerDiscreteSchedulerConfig(Config):
-    """FlowMatchEulerDiscreteScheduler. With `use_dynamic_shifting` the shift comes from the number of image tokens and `shift` is unused."""
+    """FlowMatchEulerDiscreteScheduler. With `use_dynamic_shifting` the shift follows from the number of image tokens, `shift` is unused."""
 
     CLASS_NAME: ClassVar[str] = "FlowMatchEulerDiscreteScheduler"
     SUPPORTED: ClassVar[dict[str, tuple]] = {

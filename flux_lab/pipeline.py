@@ -44,7 +44,7 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds")
 
 @dataclass
 class FluxPipelineOutput:
-    """`images`: a list of PIL images, an array [batch, height, width, 3], a tensor [batch, 3, height, width] in 0 ... 1, or packed latents."""
+    """`images`: PIL images, an array [batch, height, width, 3] or a tensor [batch, 3, height, width] in 0 ... 1, or packed latents."""
 
     images: list[Image.Image] | np.ndarray | Tensor
 

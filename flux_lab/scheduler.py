@@ -115,7 +115,7 @@ class FlowMatchEulerDiscreteScheduler:
         self.begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Where `timestep` stands in the schedule; the second place if it stands there twice (as upstream). Raises ValueError if nowhere."""
+        """Where `timestep` stands in the schedule; the second place if it stands there twice, as upstream. Raises ValueError."""
         places = (self.timesteps == timestep).nonzero()
         if not len(places):
             raise ValueError(

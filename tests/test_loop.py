@@ -48,7 +48,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     losses = [
         [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "killed")
     ]
-    assert losses[0] == losses[1] and len(losses[0]) == SETTINGS.steps
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == SETTINGS.steps
 
 
 def test_the_average_is_what_is_loaded(tmp_path):

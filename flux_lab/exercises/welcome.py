@@ -40,7 +40,7 @@ IMAGE_TOKENS = Exercise(
         Misconception(
             "no autoencoder",
             lambda height, width: (height // PATCH) * (width // PATCH),
-            "you got a quarter of the pixels: 2 x 2 pixels each. The patches are cut from latents, which are 8 times smaller along each side",
+            "you cut pixels into 2 x 2 patches. The patches are cut from latents, which are 8 times smaller along each side",
         ),
         Misconception(
             "divided once",
@@ -50,7 +50,7 @@ IMAGE_TOKENS = Exercise(
         Misconception(
             "text counted too",
             lambda height, width: (height // SIDE) * (width // SIDE) + MAX_SEQUENCE_LENGTH,
-            f"you added the {MAX_SEQUENCE_LENGTH} text tokens. They go through the network too, but the question is about the picture's",
+            f"you added {MAX_SEQUENCE_LENGTH} text tokens. The network reads them too, but only those of the picture are asked for",
         ),
         Misconception(
             "height twice",

@@ -81,7 +81,8 @@ class Device(NamedTuple):
 
 def devices() -> list[Device]:
     memory = psutil.virtual_memory().total
-    found = [Device("cpu", f"{psutil.cpu_count(logical=False)} cores, {torch.backends.cpu.get_cpu_capability()}", memory)]
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    found = [Device("cpu", f"{cores} cores, {torch.backends.cpu.get_cpu_capability()}", memory)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found.append(Device(f"cuda:{index}", properties.name, properties.total_memory))

@@ -56,7 +56,7 @@ def image_tower(out_dim: int) -> nn.Sequential:
 
 
 class Pairs:
-    """Batches of captions with their pictures, at half the size. Captions are cut to the longest: the mask is causal, padding comes last."""
+    """Batches of captions and pictures, at half the size. Captions are cut to the longest: the mask is causal, padding comes last."""
 
     def __init__(self, images: np.ndarray, ids: CaptionIds, settings: Settings):
         self.images, self.settings = images, settings

@@ -1,7 +1,7 @@
 """The training loop that all stages share: resumable at any step, logged, on one process or many.
 
 Everything random in a step is drawn from a generator seeded with (seed, step), and the optimizer's state is in the checkpoint: a run
-that was killed goes on as if it had not been. Started with `accelerate launch` or torchrun, every process takes its share of the same batch:
+that was killed goes on as if it had not been. Started with torchrun, every process takes its share of the same batch:
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m flux_lab.training.flow --layers 4 8
 """

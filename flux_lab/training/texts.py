@@ -19,7 +19,7 @@ from flux_lab.training.scenes import read_captions
 
 
 class CaptionIds(NamedTuple):
-    """`clip` and `t5`: every caption's ids. `target`: T5's ids of the same statement in the standard wording. Axis 1: the captions of a scene."""
+    """`clip` and `t5`: the ids of every scene's captions. `target`: T5's ids of the same statements in the standard wording."""
 
     clip: Int16[Tensor, "scenes captions clip_length"]
     t5: Int16[Tensor, "scenes captions t5_length"]
