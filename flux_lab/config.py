@@ -143,7 +143,9 @@ class CLIPTextConfig(Config):
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
         del fields["_class_name"]
-        return {"architectures": [self.CLASS_NAME], "model_type": "clip_text_model", "hidden_act": "quick_gelu", **fields}
+        # The start token is the last but one of the vocabulary; without it upstream takes CLIP's own id, and warns if that is too large.
+        fixed = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "bos_token_id": self.vocab_size - 2}
+        return {"architectures": [self.CLASS_NAME], **fixed, **fields}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""flux_lab.tokenizer: what both tokenizers share. That they equal transformers is shown in test_clip_tokenizer.py and test_t5_tokenizer.py."""
+"""flux_lab.tokenizer: what both tokenizers share. Their equality with transformers is shown in the tests of each."""
 
 import json
 

@@ -3,11 +3,14 @@
     python -m flux_lab.training.export --transformer runs/guided/transformer --vae runs/vae/vae --clip runs/clip/text_encoder
         --t5 runs/t5/text_encoder_2 --tokenizers runs/tokenizers --out data/flux-mini
 
-Numbers are halved in size: bfloat16, which keeps float32's range, for what is trained in long sums of residuals; float16 for the
-autoencoder, whose numbers are small and whose pictures show bfloat16's coarser rounding. Afterwards the folder is loaded and drawn from.
+Numbers are halved in size: bfloat16, which keeps float32's range, for the transformer with its long sums of residuals; float16 for the
+autoencoder, whose numbers are small and whose pictures show bfloat16's coarser rounding. The text encoders, small as they are, stay in
+float32: transformers loads a model in the dtype of its file, diffusers in float32, and a pipeline needs one for both. Afterwards the
+folder is loaded and drawn from; SHA256SUMS says what its weights should be.
 """
 
 import argparse
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from flux_lab.config import FLUX_DEV_SCHEDULER
 from flux_lab.latents import PATCH
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
+from flux_lab.training.report import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROOF = "a red cube on grass"
@@ -44,8 +48,8 @@ def export(
     models = {
         "transformer": load_transformer(transformer, dtype),
         "vae": load_autoencoder(vae, vae_dtype),
-        "text_encoder": load_clip(clip, dtype),
-        "text_encoder_2": load_t5(t5, dtype),
+        "text_encoder": load_clip(clip, torch.float32),
+        "text_encoder_2": load_t5(t5, torch.float32),
     }
     check_fit(models)
     check_finite(models)
@@ -53,7 +57,15 @@ def export(
     write_pipeline(out, models=models, scheduler=FlowMatchEulerDiscreteScheduler(FLUX_DEV_SCHEDULER), tokenizers=copied)
     pipe = FluxPipeline.from_pretrained(out)
     check_picture(pipe)
+    write_checksums(out)
     return pipe
+
+
+def write_checksums(folder: Path) -> None:
+    """Write SHA256SUMS of the folder's weights, in the form that `sha256sum --check` reads."""
+    files = sorted(Path(folder).glob("*/*.safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    write_text(Path(folder) / "SHA256SUMS", "".join(lines))
 
 
 def check_fit(models: dict[str, Any]) -> None:
@@ -101,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--t5", type=Path, default=Path("runs/t5/text_encoder_2"))
     parser.add_argument("--tokenizers", type=Path, default=Path("runs/tokenizers"), help="the folder of tokenizer/ and tokenizer_2/")
     parser.add_argument("--out", type=Path, default=Path("data/flux-mini"), help="folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer and the text encoders")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer")
     parser.add_argument("--vae-dtype", choices=DTYPES, default="float16")
     options = vars(parser.parse_args(arguments))
     options |= {name: DTYPES[options[name]] for name in ("dtype", "vae_dtype")}
