@@ -35,6 +35,7 @@ from flux_lab.image_processor import OUTPUT_TYPES, VaeImageProcessor
 from flux_lab.latents import PATCH, pack_latents, prepare_latent_image_ids, prepare_noise, unpack_latents
 from flux_lab.prompt import PromptEmbeds, TextEncoders, encode_prompt
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift, default_sigmas
+from flux_lab.shapes import shaped
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.t5_tokenizer import T5Tokenizer
 from flux_lab.transformer import TIME_SCALE, FluxTransformer2DModel
@@ -133,6 +134,7 @@ class FluxPipeline:
         encoders = TextEncoders(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
         return encode_prompt(encoders, prompt, prompt_2, **options)
 
+    @shaped
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "batch tokens patch_channels"], height: int, width: int, output_type: str = "pil") -> Any:
         """Packed latents to images of `height` x `width` pixels; `output_type` as in `__call__`."""
@@ -141,6 +143,7 @@ class FluxPipeline:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
         return self.image_processor.postprocess(self.vae.decode(latents), output_type=output_type)
 
+    @shaped
     @torch.no_grad()
     def steps(
         self,
@@ -159,8 +162,8 @@ class FluxPipeline:
         latents: Float[Tensor, "batch tokens patch_channels"] | None = None,
         prompt_embeds: Float[Tensor, "batch length joint_dim"] | None = None,
         pooled_prompt_embeds: Float[Tensor, "batch pooled_dim"] | None = None,
-        negative_prompt_embeds: Float[Tensor, "batch length joint_dim"] | None = None,
-        negative_pooled_prompt_embeds: Float[Tensor, "batch pooled_dim"] | None = None,
+        negative_prompt_embeds: Float[Tensor, "negatives length joint_dim"] | None = None,
+        negative_pooled_prompt_embeds: Float[Tensor, "negatives pooled_dim"] | None = None,
         max_sequence_length: int | None = None,
     ) -> Iterator[DenoisingState]:
         """Generate, one state a step.

@@ -1,5 +1,6 @@
 """The pictures: what is drawn, what is refused, and that a picture always travels with its alt text."""
 
+import base64
 import io
 from types import SimpleNamespace
 
@@ -148,14 +149,25 @@ def test_every_curve_has_a_color_and_a_marker_of_its_own() -> None:
 # ---- publishing ---------------------------------------------------------------------------------------------------------
 
 
-def test_show_publishes_picture_and_alt_text_as_one_output(monkeypatch: pytest.MonkeyPatch) -> None:
+PHOTO, CHART = RED, plots.sigma_curve({"a": [1.0, 0.0]})
+
+
+@pytest.mark.parametrize(("picture", "mime"), [(PHOTO, "image/jpeg"), (plots.gallery([RED]), "image/jpeg"), (CHART, "image/png")])
+def test_show_publishes_picture_and_alt_text_as_one_output(monkeypatch: pytest.MonkeyPatch, picture: object, mime: str) -> None:
     published = []
     monkeypatch.setattr(plots, "display", lambda data, **options: published.append((data, options)))
-    plots.show(RED, alt="a red rectangle")
+    plots.show(picture, alt="a description")
     ((data, options),) = published
-    assert data["image/png"].startswith("iVBORw0KGgo")
-    assert data["text/plain"] == "a red rectangle"
-    assert options == {"metadata": {"image/png": {"alt": "a red rectangle"}}, "raw": True}
+    assert list(data) == [mime, "text/plain"]
+    assert Image.open(io.BytesIO(base64.b64decode(data[mime]))).get_format_mimetype() == mime
+    assert data["text/plain"] == "a description"
+    assert options == {"metadata": {mime: {"alt": "a description"}}, "raw": True}
+
+
+def test_small_file_looks_like_the_figure() -> None:
+    for figure in (CHART, plots.gallery([RED, GREEN]), plots.pipeline_map()):
+        small = np.asarray(Image.open(io.BytesIO(plots.encoded(figure)[1])).convert("RGB"), dtype=int)
+        assert np.abs(small - pixels(figure)).mean() < 2
 
 
 def test_show_refuses_a_picture_without_alt_text() -> None:

@@ -38,23 +38,44 @@ ROW_NAMES = {"latents": "latents,\ndecoded", "x0": "predicted\npicture x0"}
 
 def png(picture: Figure | Image.Image) -> bytes:
     """A figure or an image as the bytes of a PNG file. Raises TypeError for anything else."""
+    return _written(picture, "png")
+
+
+def encoded(picture: Figure | Image.Image) -> tuple[str, bytes]:
+    """The mime type and the bytes in which a picture is small: charts as PNG with a palette, photographs as JPEG."""
+    if _is_photographic(picture):
+        return "image/jpeg", _written(picture, "jpeg", quality=90, subsampling=0)
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png(picture))).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
+    return "image/png", buffer.getvalue()
+
+
+def _written(picture: Figure | Image.Image, file_format: str, **options: int) -> bytes:
     if not isinstance(picture, Figure | Image.Image):
         raise TypeError(f"picture: expected a matplotlib figure or a PIL image, got {type(picture).__name__}")
     buffer = io.BytesIO()
     if isinstance(picture, Figure):
         # Without the name and version of what made it, the file is the same at every build.
-        picture.savefig(buffer, format="png", metadata={"Software": None})
+        metadata = {"metadata": {"Software": None}} if file_format == "png" else {}
+        picture.savefig(buffer, format=file_format, pil_kwargs=options, **metadata)
     else:
-        picture.save(buffer, format="png")
+        picture.save(buffer, format=file_format, **options)
     return buffer.getvalue()
+
+
+def _is_photographic(picture: Figure | Image.Image) -> bool:
+    """Whether a picture is an image or a figure made of images in colour."""
+    axes = picture.axes if isinstance(picture, Figure) else []
+    return isinstance(picture, Image.Image) or any(image.get_array().ndim == len("RGB") for each in axes for image in each.get_images())
 
 
 def show(picture: Figure | Image.Image, alt: str) -> None:
     """Put a picture under the cell. `alt` says what is to be seen, for those who cannot see it; it must not be empty."""
     if not alt.strip():
         raise ValueError("alt: expected a sentence that says what is to be seen, got an empty string")
-    data = {"image/png": base64.b64encode(png(picture)).decode(), "text/plain": alt}
-    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+    mime, content = encoded(picture)
+    data = {mime: base64.b64encode(content).decode(), "text/plain": alt}
+    display(data, metadata={mime: {"alt": alt}}, raw=True)
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------------------

@@ -478,7 +478,9 @@ for (name, start), end in zip(starts.items(), ends, strict=True):
 show(plots.gallery(pipe.decode(ends, 128, 128), list(starts)), alt="Three images: from noise, from noise half as strong, and from zeros.")
 
 # %% [markdown]
-# *What to see*: TO BE WRITTEN.
+# *What to see*: with half the noise, and with none, the walk ends at a smooth floor; the objects are gone. The words
+# alone do not make a picture. The noise is what the objects are carved from, and the network counts on its strength:
+# at $\\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
 #
 # ## Common misreadings
 #
@@ -525,7 +527,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: TO BE WRITTEN.
+# *What to see*: one step gives the blur that the film strip showed at its left end. Each time the steps are doubled, the
+# image changes less.
 #
 # **"The loop works on pixels."** It never sees one. The numbers that it moves:
 
