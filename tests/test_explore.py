@@ -22,12 +22,12 @@ CONTROLS = {"level": (0, 9), "share": (0.0, 1.0, 0.25), "word": ["red", "none"],
 def test_one_output_holds_the_view_the_picture_and_a_text() -> None:
     explorer = explore(draw, alt="a red rectangle", **CONTROLS)
     data, metadata = explorer._repr_mimebundle_()
-    assert set(data) == {WIDGET, "image/png", "text/plain"}
+    assert set(data) == {WIDGET, "image/jpeg", "text/plain"}
     assert data[WIDGET]["model_id"] == explorer.view.model_id
-    assert base64.b64decode(data["image/png"]) == explorer.image.value
+    assert base64.b64decode(data["image/jpeg"]) == explorer.image.value
     assert data["text/plain"] == "a red rectangle"
-    assert metadata == {"image/png": {"alt": "a red rectangle"}}
-    assert explorer.image.width == "43"
+    assert metadata == {"image/jpeg": {"alt": "a red rectangle"}}
+    assert (explorer.image.width, explorer.image.format) == ("43", "jpeg")
 
 
 def test_controls_start_at_the_defaults_and_fit_their_kind() -> None:

@@ -41,7 +41,7 @@ def walk(ours, reference, dtype):
         assert ours.counter == reference.counter
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 9, 50])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 9])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_timesteps_and_steps(config, steps, dtype):
     if not config.skip_prk_steps and steps < 4:

@@ -5,12 +5,14 @@ with ablate(pipe, double=range(5, 10), heads={"single 03": [0, 2]}):
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from flux_lab.instruments.seams import Chunk, Passes, Patterns, View, matcher, replaced, seams
+from flux_lab.instruments.seams import Chunk, Passes, Patterns, View, arguments, matcher, replaced, seams
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -65,7 +67,7 @@ def ablate(
         yield
 
 
-def unchanged(hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+def unchanged(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """A block that does nothing: (text, image) as they came."""
     return encoder_hidden_states, hidden_states
 
@@ -131,8 +133,9 @@ def _turn_off_heads(blocks: Mapping[str, nn.Module], which: int | Iterable[int],
 
 def _hold_stream(blocks: Mapping[str, nn.Module], which: str, stack: Stack) -> None:
     def hold(module: nn.Module, args: tuple, kwargs: dict[str, Any], result: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        given = arguments(module, args, kwargs)
         text, image = result
-        return (kwargs["encoder_hidden_states"], image) if which == "text" else (text, kwargs["hidden_states"])
+        return (given["encoder_hidden_states"], image) if which == "text" else (text, given["hidden_states"])
 
     for block in blocks.values():
         _after(block, hold, stack, with_kwargs=True)
@@ -164,7 +167,8 @@ def _zero_inputs(model: FluxTransformer2DModel, off: Mapping[str, bool], stack: 
     for argument in (name for name, is_off in off.items() if is_off):
 
         def empty(module: nn.Module, args: tuple, kwargs: dict[str, Any], argument: str = argument) -> tuple[tuple, dict[str, Any]]:
-            return args, kwargs | {argument: kwargs[argument].new_zeros(kwargs[argument].shape)}
+            given = arguments(module, args, kwargs)
+            return (), given | {argument: torch.zeros_like(given[argument])}
 
         _before(model, empty, stack)
 
@@ -182,14 +186,17 @@ def _swap_prompt(pipe: FluxPipeline, swap: tuple[int, str], stack: Stack) -> Non
     if first < 0:
         raise ValueError(f"swap_prompt: steps count from 0, got {first}")
     passes = Passes(pipe.scheduler)
+    # The number of T5 tokens is known only when a run comes by.
+    encode = functools.cache(lambda length: pipe.encode_prompt(prompt, max_sequence_length=length))
 
     def swapped(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         passes.update()
         if passes.index < first or passes.negative:
             return None
-        words = kwargs["encoder_hidden_states"]
-        text = pipe.encode_prompt(prompt, max_sequence_length=words.shape[1])
+        given = arguments(module, args, kwargs)
+        words = given["encoder_hidden_states"]
+        text = encode(words.shape[1])
         pooled = text.pooled_prompt_embeds.expand(len(words), -1)
-        return args, kwargs | {"encoder_hidden_states": text.prompt_embeds.expand_as(words), "pooled_projections": pooled}
+        return (), given | {"encoder_hidden_states": text.prompt_embeds.expand_as(words), "pooled_projections": pooled}
 
     _before(pipe.transformer, swapped, stack)

@@ -42,7 +42,7 @@ def budget(*anatomies: Anatomy) -> Table:
     anatomies = anatomies or (MINIATURE, FLUX_1_DEV)
     counts = [parameter_counts(anatomy) for anatomy in anatomies]
     rows = [[f"`{part}`", *(count[part] for count in counts)] for part in MODELS]
-    rows.append(["**all**", *(sum(count.values()) for count in counts)])
+    rows.append(["all", *(sum(count.values()) for count in counts)])
     header = ["parameters of", *(anatomy.name for anatomy in anatomies)]
     if len(anatomies) > 1:
         header.append("ratio")

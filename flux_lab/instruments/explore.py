@@ -3,6 +3,7 @@
 import base64
 import html
 import inspect
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import ipywidgets
 from matplotlib.figure import Figure
 from PIL import Image
 
-from flux_lab.instruments.plots import png
+from flux_lab.instruments.plots import encoded
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 CALM = {"continuous_update": False, "style": {"description_width": "6em"}, "layout": ipywidgets.Layout(width="34em")}
@@ -22,10 +23,12 @@ class Explorer:
 
     def __init__(self, draw: Callable[..., Figure | Image.Image], alt: str, controls: dict[str, ipywidgets.Widget]):
         self.draw, self.alt, self.controls = draw, alt, controls
-        self.still = png(draw(**self.values))
-        width, _ = _size(self.still)
+        self.mime, self.still = encoded(draw(**self.values))
+        width = Image.open(io.BytesIO(self.still)).width
         # A picture wider than the page shrinks with it.
-        self.image = ipywidgets.Image(value=self.still, format="png", width=width, layout=ipywidgets.Layout(max_width="100%"))
+        self.image = ipywidgets.Image(
+            value=self.still, format=self.mime.removeprefix("image/"), width=width, layout=ipywidgets.Layout(max_width="100%")
+        )
         self.status = ipywidgets.HTML()
         self.view = ipywidgets.VBox([*controls.values(), self.status, self.image])
         for control in controls.values():
@@ -37,7 +40,8 @@ class Explorer:
 
     def _redraw(self, change: Any) -> None:
         with self._telling():
-            self.image.value = png(self.draw(**self.values))
+            mime, self.image.value = encoded(self.draw(**self.values))
+            self.image.format = mime.removeprefix("image/")
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -55,7 +59,7 @@ class Explorer:
         """The view of the widget, the picture of its first values, and a text, as one output."""
         view = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
         still = base64.b64encode(self.still).decode()
-        return {WIDGET: view, "image/png": still, "text/plain": self.alt}, {"image/png": {"alt": self.alt}}
+        return {WIDGET: view, self.mime: still, "text/plain": self.alt}, {self.mime: {"alt": self.alt}}
 
 
 def explore(draw: Callable[..., Figure | Image.Image], *, alt: str, **controls: Any) -> Explorer:
@@ -94,8 +98,3 @@ def _control(name: str, kind: Any, value: Any) -> ipywidgets.Widget:
         step = {"step": kind[2]} if len(kind) == 3 else {}
         return slider(min=kind[0], max=kind[1], **step, **named, **CALM)
     raise TypeError(f"{name}: expected (lowest, highest), (lowest, highest, step), a list, str or bool, got {kind!r}")
-
-
-def _size(picture: bytes) -> tuple[int, int]:
-    """Width and height of a PNG file, from its header."""
-    return int.from_bytes(picture[16:20]), int.from_bytes(picture[20:24])

@@ -33,6 +33,7 @@ __all__ = [
 LABELS = 1.15  # inches for the names of the rows
 LARGEST = 2.6  # inches of one image, at most
 MARKERS = "osD^v"
+JPEG_QUALITY = 85
 ROW_NAMES = {"latents": "latents,\ndecoded", "x0": "predicted\npicture x0"}
 
 
@@ -44,7 +45,7 @@ def png(picture: Figure | Image.Image) -> bytes:
 def encoded(picture: Figure | Image.Image) -> tuple[str, bytes]:
     """The mime type and the bytes in which a picture is small: charts as PNG with a palette, photographs as JPEG."""
     if _is_photographic(picture):
-        return "image/jpeg", _written(picture, "jpeg", quality=90, subsampling=0)
+        return "image/jpeg", _written(picture, "jpeg", quality=JPEG_QUALITY)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(png(picture))).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
     return "image/png", buffer.getvalue()

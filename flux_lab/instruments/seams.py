@@ -223,7 +223,8 @@ def result_axes(kind: type[nn.Module]) -> tuple[str, ...]:
 
 def arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a module's call by their names."""
-    return inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    given = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return {name: value for name, value in given.items() if name != "self"}
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ t.table(sort="-std")
 
 import contextlib
 import difflib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -59,8 +60,7 @@ class Trace(Mapping[str, Tensor]):
             return self._tensors[name]
         if name in self._passed:
             raise KeyError(f"{name!r} was computed but not kept: trace(..., only=) did not name it, or probabilities=True is missing")
-        near = difflib.get_close_matches(str(name), [*self._tensors, *self._passed], n=3, cutoff=0.5)
-        raise KeyError(f"no tensor is named {name!r}; {f'near: {near}' if near else f'{len(self)} tensors are, see .table()'}")
+        raise KeyError(f"no tensor is named {name!r}; there is, for example, {self._near(str(name))}")
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -73,6 +73,11 @@ class Trace(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"Trace of {len(self):,} tensors, {in_mib(self.bytes)}; .table(filter=...) lists them"
+
+    def _near(self, name: str) -> list[str]:
+        """Names that look alike; some suffice."""
+        known = list(itertools.islice(itertools.chain(self._tensors, self._passed), 3000))
+        return difflib.get_close_matches(name, known, n=3, cutoff=0.3)
 
     def names(self, pattern: Patterns) -> list[str]:
         """The names that fit a pattern such as `*/attn/q`, in the order of the run."""
@@ -91,7 +96,7 @@ class Trace(Mapping[str, Tensor]):
         rows = [self._row(name) for name in (self if filter is None else self.names(filter))]
         if sort is not None:
             rows.sort(key=lambda row: row[COLUMNS.index(column)], reverse=sort.startswith("-"))
-        return Table(COLUMNS, rows)
+        return Table(COLUMNS, [[f"`{name}`", *cells] for name, *cells in rows])
 
     def _row(self, name: str) -> list[Any]:
         tensor = self._tensors[name]
@@ -99,7 +104,7 @@ class Trace(Mapping[str, Tensor]):
         if not tensor.is_meta and tensor.numel():
             values = tensor.double()
             numbers = [float(f"{number.item():.4g}") for number in (values.mean(), values.std(correction=0))]
-        return [f"`{name}`", " ".join(self.axes[name]), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), *numbers]
+        return [name, " ".join(self.axes[name]), tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), *numbers]
 
     def record(self, name: str, axes: str, make: Callable[[], Tensor]) -> None:
         """Keep a copy of a tensor, if it was asked for. Raises TraceLimitError."""
@@ -132,8 +137,8 @@ class Trace(Mapping[str, Tensor]):
         """A pattern that no tensor fits is mostly a slip of the pen."""
         for pattern in self._only or ():
             if (self._tensors or self._passed) and not self.names(pattern):
-                near = difflib.get_close_matches(pattern, [*self._tensors, *self._passed], n=2, cutoff=0.3)
-                warnings.warn(f"only: no tensor of this run is named like {pattern!r}; there is, for example, {near}", stacklevel=4)
+                message = f"only: no tensor of this run is named like {pattern!r}; there is, for example, {self._near(pattern)}"
+                warnings.warn(message, stacklevel=4)
 
 
 def in_mib(count: int) -> str:

@@ -1,7 +1,7 @@
 """The levels of the UNet. On the way down each layer's output is kept as a skip; on the way up it is put beside the feature map.
 
-A layer is a ResNet block and, in the kinds named CrossAttn, a spatial transformer behind it; the smallest level has none, because it
-has only 8x8 positions. Source: diffusers `models/unets/unet_2d_blocks.py`.
+A layer is a ResNet block and, in the kinds named CrossAttn, a spatial transformer behind it. SD 1.5's smallest level has none; at
+that size only the middle block attends. Source: diffusers `models/unets/unet_2d_blocks.py`.
 """
 
 from collections.abc import Sequence
@@ -99,7 +99,7 @@ class UpBlock2D(nn.Module):
         encoder_hidden_states: Float[Tensor, "batch length text_dim"],
         upsample_size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        """`res_hidden_states_tuple`: as many skips as there are layers, oldest first. `upsample_size`: height and width to grow to."""
+        """`res_hidden_states_tuple`: as many skips as there are layers, oldest first. `upsample_size`: what to grow to."""
         for i, skip in enumerate(reversed(res_hidden_states_tuple)):
             hidden_states = self.run_layer(i, torch.cat([hidden_states, skip], dim=1), temb, encoder_hidden_states)
         for upsample in self.upsamplers:

@@ -36,10 +36,10 @@ class NoiseSchedule:
     @shaped
     def add_noise(
         self,
-        original_samples: Float[Tensor, "batch *shape"],
-        noise: Float[Tensor, "batch *shape"],
+        original_samples: Float[Tensor, "batch channels height width"],
+        noise: Float[Tensor, "batch channels height width"],
         timesteps: Int[Tensor, "#batch"],
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Float[Tensor, "batch channels height width"]:
         """The forward process, at one timestep for all or one for each of the batch: sqrt(a_t) x_0 + sqrt(1 - a_t) n.
 
         In half precision the table is rounded before the roots are taken, as upstream. Raises ValueError for a timestep outside it.
@@ -49,8 +49,11 @@ class NoiseSchedule:
 
     @shaped
     def get_velocity(
-        self, sample: Float[Tensor, "batch *shape"], noise: Float[Tensor, "batch *shape"], timesteps: Int[Tensor, "#batch"]
-    ) -> Float[Tensor, "batch *shape"]:
+        self,
+        sample: Float[Tensor, "batch channels height width"],
+        noise: Float[Tensor, "batch channels height width"],
+        timesteps: Int[Tensor, "#batch"],
+    ) -> Float[Tensor, "batch channels height width"]:
         """What a network with v prediction learns: sqrt(a_t) n - sqrt(1 - a_t) x_0. Not FLUX's velocity, which is n - x_0."""
         signal, spread = self._weights(timesteps, like=sample)
         return signal * noise - spread * sample
@@ -64,8 +67,11 @@ class NoiseSchedule:
 
     @shaped
     def predict_original_sample(
-        self, model_output: Float[Tensor, "*shape"], timestep: int | Int[Tensor, ""], sample: Float[Tensor, "*shape"]
-    ) -> Float[Tensor, "*shape"]:
+        self,
+        model_output: Float[Tensor, "batch channels height width"],
+        timestep: int | Int[Tensor, ""],
+        sample: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
         """The picture x_0 that the network sees in x_t (`sample`): Ho et al. 2020, equation 15, or its form for v."""
         self._check_range(torch.as_tensor(timestep))
         kept = self.alphas_cumprod[int(timestep)]

@@ -41,13 +41,14 @@ class PNDMScheduler(NoiseSchedule):
         are Runge-Kutta's, of four evaluations each, and there must be at least four steps. Raises ValueError.
         """
         visited = spaced_timesteps(self.config, num_inference_steps)[::-1]
+        if not self.config.skip_prk_steps and num_inference_steps <= RUNGE_KUTTA_STEPS:
+            raise ValueError(
+                f"set_timesteps: num_inference_steps={num_inference_steps}, expected at least {RUNGE_KUTTA_STEPS + 1}, "
+                f"because the first {RUNGE_KUTTA_STEPS} are Runge-Kutta's; or set skip_prk_steps"
+            )
         self.num_inference_steps = num_inference_steps
         if self.config.skip_prk_steps:
             prk, plms = [], np.concatenate([visited[:2], visited[1:]])
-        elif len(visited) <= RUNGE_KUTTA_STEPS:
-            raise ValueError(
-                f"set_timesteps: got {num_inference_steps} steps, expected at least {RUNGE_KUTTA_STEPS + 1} with skip_prk_steps=False"
-            )
         else:
             half = self._stride // 2
             ladder = pairwise(visited[: RUNGE_KUTTA_STEPS + 1])
@@ -70,8 +71,11 @@ class PNDMScheduler(NoiseSchedule):
 
     @shaped
     def step(
-        self, model_output: Float[Tensor, "*shape"], timestep: int | Int[Tensor, ""], sample: Float[Tensor, "*shape"]
-    ) -> Float[Tensor, "*shape"]:
+        self,
+        model_output: Float[Tensor, "batch channels height width"],
+        timestep: int | Int[Tensor, ""],
+        sample: Float[Tensor, "batch channels height width"],
+    ) -> Float[Tensor, "batch channels height width"]:
         """Take the next step, Runge-Kutta's as long as there are `prk_timesteps`.
 
         `timestep` is one of `timesteps`, not its index. Raises ValueError; also before `set_timesteps` and after the last step.

@@ -53,9 +53,9 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Repeat every number until the map has `size`, about twice its own, then smooth with a 3x3 convolution.
+    """Repeat every number until the map has `size` (by default twice its own), then smooth with a 3x3 convolution.
 
-    `size` is that of the skip that comes next: where the way down met an odd number, twice the size would be one too many.
+    The UNet asks for the size of the skip that comes next: where the way down met an odd number, twice would be one too many.
     """
 
     def __init__(self, channels: int):
@@ -64,6 +64,7 @@ class Upsample2D(nn.Module):
 
     @shaped
     def forward(
-        self, hidden_states: Float[Tensor, "batch channels height width"], size: tuple[int, int]
+        self, hidden_states: Float[Tensor, "batch channels height width"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "batch channels new_height new_width"]:
-        return self.conv(F.interpolate(hidden_states, size=size, mode="nearest"))
+        height, width = hidden_states.shape[2:]
+        return self.conv(F.interpolate(hidden_states, size=size or (2 * height, 2 * width), mode="nearest"))

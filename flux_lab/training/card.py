@@ -71,13 +71,18 @@ def flow_options(run: str) -> str:
 
 STAGES = (
     Stage("reader", "attribute reader (not part of the checkpoint)", "reader --steps {steps} --batch-size {batch_size}"),
-    Stage("vae", "autoencoder, 64-pixel crops", "vae --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
+    Stage("vae", "autoencoder, 64-pixel crops", "vae --steps {steps} --batch {batch_size} --rate {learning_rate:g} --encode {encoded}"),
     Stage("t5", "T5 encoder, captions", "t5 --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
     Stage("clip", "CLIP text encoder, captions with pictures", "clip --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
     Stage("flow", "rectified flow, {blocks}", f"flow {flow_options('flow')} --layers {{layers}}"),
-    Stage("grown", "", "grow --start runs/flow/transformer --out runs/grown --layers {layers}"),
-    Stage("flow57", "rectified flow, {blocks}", f"flow {flow_options('flow57')} --start runs/grown/transformer"),
-    Stage("guided", "guidance distillation, {blocks}", f"guidance {flow_options('guided')} --start runs/{{before}}/transformer"),
+    Stage("distilled", "guidance distillation, {blocks}", f"guidance {flow_options('distilled')} --initial runs/flow/transformer"),
+    Stage("grown", "", "grow --initial runs/{before}/transformer --out runs/grown --layers {layers}"),
+    Stage("flow57", "rectified flow, {blocks}", f"flow {flow_options('flow57')} --initial runs/grown/transformer"),
+    Stage(
+        "guided",
+        "guidance distillation, {blocks}",
+        f"guidance {flow_options('guided')} --initial runs/{{before}}/transformer --teacher runs/flow/transformer",
+    ),
 )
 
 
@@ -94,7 +99,12 @@ def stage_rows(runs: Path) -> tuple[list[tuple[str, ...]], list[str]]:
         if run is None and not config:
             continue
         layers = (config.get("num_layers", 0), config.get("num_single_layers", 0))
-        words = {"before": before, "blocks": "{} + {} blocks".format(*layers), "layers": "{} {}".format(*layers)}
+        words = {
+            "before": before,
+            "encoded": encoded_scenes(folder),
+            "blocks": "{} + {} blocks".format(*layers),
+            "layers": "{} {}".format(*layers),
+        }
         if run:
             words |= run.settings | {"steps": run.steps}
             loss = f"{run.first_loss:.3g} to {run.last_loss:.3g}"
@@ -103,6 +113,15 @@ def stage_rows(runs: Path) -> tuple[list[tuple[str, ...]], list[str]]:
         commands.append("python -m flux_lab.training." + stage.options.format(**words))
         before = stage.folder if config else before
     return rows, [*commands, f"python -m flux_lab.training.export --transformer runs/{before}/transformer"]
+
+
+def encoded_scenes(folder: Path) -> int:
+    """How many scenes have latents in this folder."""
+    file = folder / "latents.safetensors"
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as handle:
+        return handle.get_slice("latents").get_shape()[0]
 
 
 def scene_commands(runs: Path) -> list[str]:

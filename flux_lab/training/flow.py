@@ -1,7 +1,7 @@
 """Stage 5: rectified flow.
 
     python -m flux_lab.training.flow --out runs/flow --layers 5 10 --steps 4000
-    python -m flux_lab.training.flow --out runs/flow57 --start runs/grown/transformer --steps 2000 --rate 8e-4
+    python -m flux_lab.training.flow --out runs/flow57 --initial runs/grown/transformer --steps 2000 --rate 8e-4
 
 x_t = (1 - t) x0 + t noise on the scaled latents; the target is noise - x0. t is logit-normal and shifted as in sampling; one caption
 in ten is replaced by the empty one, so that true classifier-free guidance works. Writes `transformer/` (a diffusers folder).
@@ -180,11 +180,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--layers", type=int, nargs=2, default=(FLUX_MINI.num_layers, FLUX_MINI.num_single_layers), metavar=("DOUBLE", "SINGLE")
     )
-    parser.add_argument("--start", type=Path, help="a transformer folder to start from, in place of random weights")
+    parser.add_argument("--initial", type=Path, help="a transformer folder to start from, in place of random weights")
     parser.add_argument("--rate", type=float, default=1.5e-3)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    transformer = load_transformer(options.start) if options.start else initialize(FluxTransformer2DModel(mini_config(options)))
+    transformer = load_transformer(options.initial) if options.initial else initialize(FluxTransformer2DModel(mini_config(options)))
     transformer.float().requires_grad_(True)
     if options.compile:
         compile_blocks(transformer)

@@ -1,6 +1,6 @@
 """Between the stages: make a transformer deeper without changing what it computes.
 
-    python -m flux_lab.training.grow --start runs/flow/transformer --out runs/grown
+    python -m flux_lab.training.grow --initial runs/flow/transformer --out runs/grown
 
 A block whose gates are zero is the identity. Copies of the blocks, with zero gates, are put behind them until there are 19 + 38; trained
 on, the new blocks come to matter. Writes `transformer/` (a diffusers folder).
@@ -56,13 +56,13 @@ def grow(transformer: FluxTransformer2DModel, num_layers: int, num_single_layers
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, default=Path("runs/flow/transformer"))
+    parser.add_argument("--initial", type=Path, default=Path("runs/flow/transformer"))
     parser.add_argument("--out", type=Path, default=Path("runs/grown"))
     parser.add_argument(
         "--layers", type=int, nargs=2, default=(FLUX_MINI.num_layers, FLUX_MINI.num_single_layers), metavar=("DOUBLE", "SINGLE")
     )
     options = parser.parse_args(arguments)
-    save_model(grow(load_transformer(options.start), *options.layers), options.out / "transformer")
+    save_model(grow(load_transformer(options.initial), *options.layers), options.out / "transformer")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Stage 6: guidance distillation.
 
-    python -m flux_lab.training.guidance --start runs/grown/transformer --teacher runs/flow/transformer --out runs/guided
+    python -m flux_lab.training.guidance --initial runs/grown/transformer --teacher runs/flow/transformer --out runs/guided
 
-The guidance embedding learns what true classifier-free guidance does in two passes, v_uncond + w (v_cond - v_uncond) with w in
-[1, 6], in one (Meng et al. 2022, arXiv 2210.03142). A part of every batch goes on learning from pictures, with w = 1. The teacher may be
-shallower than the student. Writes `transformer/` (a diffusers folder).
+The guidance embedding learns to do in one pass what true classifier-free guidance does in two, v_uncond + w (v_cond - v_uncond) with
+w in [1, 6] (Meng et al. 2022, arXiv 2210.03142). The teacher gives the difference (w - 1) (v_cond - v_uncond); what it is added to is
+not the teacher's v_cond but the velocity of the picture itself, noise - x0, whose mean v_cond is. So the student goes on learning from
+pictures at every w (as in Tang et al. 2025, arXiv 2502.12154). The teacher may be shallower than the student. Writes `transformer/`.
 """
 
 import argparse
@@ -24,7 +25,7 @@ STRONGEST = 6.0
 
 
 class GuidanceLoss(nn.Module):
-    """The student learns the teacher's guided velocity where w > 1, the pictures' own velocity where w = 1."""
+    """The student learns the pictures' velocity, moved by the teacher's guidance where w > 1."""
 
     def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
         super().__init__()
@@ -39,23 +40,21 @@ class GuidanceLoss(nn.Module):
         target = pack_latents(noise - latents)
         distilled = guidance > 1
         without = self.encoders(no_clip, no_t5)
-        target[distilled] = self.guided(x_t, t, text, without, guidance, distilled)
+        target[distilled] += self.difference(x_t, t, text, without, distilled) * (guidance[distilled, None, None] - 1)
         error = (predict_velocity(self.transformer, x_t, t, text, guidance) - target).square().mean(dim=(1, 2))
-        return {"loss": error.mean(), "flow_loss": error[~distilled].mean(), "distillation_loss": error[distilled].mean()}
+        return {"loss": error.mean(), "flow_loss": error[~distilled].mean(), "guided_loss": error[distilled].mean()}
 
     @torch.no_grad()
-    def guided(
-        self, x_t: Tensor, t: Tensor, text: tuple, without: tuple, guidance: Tensor, which: Tensor
-    ) -> Float[Tensor, "some tokens channels"]:
-        """The teacher's velocity with classifier-free guidance, for the chosen part of the batch: both passes as one batch."""
+    def difference(self, x_t: Tensor, t: Tensor, text: tuple, without: tuple, which: Tensor) -> Float[Tensor, "some tokens channels"]:
+        """The teacher's v_cond - v_uncond for the chosen part of the batch, both passes as one batch."""
         both = tuple(torch.cat([a[which], b[which]]) for a, b in zip(text, without, strict=True))
         twice = [torch.cat([value[which]] * 2) for value in (x_t, t)]
         conditional, unconditional = predict_velocity(self.teacher, *twice, both, torch.ones_like(twice[1])).chunk(2)
-        return torch.lerp(unconditional, conditional, guidance[which, None, None])
+        return conditional - unconditional
 
 
 class GuidanceBatches(FlowBatches):
-    """Batches of the flow, with the empty caption beside every caption and a guidance strength. Every fourth learns from pictures."""
+    """Batches of the flow, with the empty caption beside every caption and a guidance strength. Every fourth has strength 1."""
 
     def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = super().__call__(step, generator)
@@ -69,13 +68,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/guided"))
-    parser.add_argument("--start", type=Path, default=Path("runs/flow/transformer"))
-    parser.add_argument("--teacher", type=Path, help="default: the transformer of --start")
+    parser.add_argument("--initial", type=Path, default=Path("runs/flow/transformer"))
+    parser.add_argument("--teacher", type=Path, help="default: the transformer of --initial")
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    student = load_transformer(options.start).float().requires_grad_(True)
-    teacher = load_transformer(options.teacher or options.start).float()
+    student = load_transformer(options.initial).float().requires_grad_(True)
+    teacher = load_transformer(options.teacher or options.initial).float()
     if options.compile:
         compile_blocks(student)
     encoders = Encoders(load_clip(options.clip), load_t5(options.t5))

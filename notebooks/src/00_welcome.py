@@ -15,7 +15,7 @@
 #
 # FLUX.1 is a model that makes images from text. It was published in 2024 by Black Forest Labs. This course takes it
 # apart, in the order in which the data flows, and puts it together again. All code is in the package `flux_lab`; each
-# lesson has a module of the same name.
+# lesson opens one or two of its modules.
 #
 # The real model, **FLUX.1-dev**, has 12 billion parameters in its main network. Here you work with a **miniature**:
 # the same anatomy, 1/32 of the width, trained on pictures of a table top. It draws an image in seconds on a laptop.
@@ -39,6 +39,9 @@
 # | 12, 13, 14 | the generation before, the real model in 16 GB, making it fast |
 
 # %%
+from itertools import pairwise
+
+import numpy as np
 import torch
 
 import flux_lab
@@ -61,9 +64,9 @@ mini = instruments.anatomy_of(pipe)  # its sizes
 # %%
 show(
     plots.pipeline_map(shapes=(mini, FLUX_1_DEV)),
-    alt="Map of the pipeline: the prompt goes through two tokenizers and two text encoders, noise is packed into tokens,"
-    " the transformer and the scheduler form a loop, and the result is unpacked and decoded to an image."
-    " Shapes of the miniature and of FLUX.1-dev stand on the arrows.",
+    alt="Map of the pipeline: the prompt goes through two tokenizers and two text encoders;"
+    " noise is packed into tokens; the transformer and the scheduler form a loop;"
+    " the result is unpacked and decoded to an image. Shapes stand on the arrows.",
 )
 
 # %% [markdown]
@@ -85,7 +88,7 @@ def seeded(seed=0):
 
 
 image = pipe(PROMPT, generator=seeded()).images[0]
-show(plots.gallery([image], ["28 steps, seed 0"]), alt="The image that the miniature makes of the prompt: " + PROMPT)
+show(plots.gallery([image], ["28 steps, seed 0"]), alt="The miniature's image: " + PROMPT)
 
 # %% [markdown]
 # *What to see*: the prompt is obeyed. A **seed** numbers the noise that the image starts from. Another seed gives
@@ -124,8 +127,8 @@ states = list(pipe.steps(PROMPT, generator=seeded()))
 chosen = [0, 3, 7, 11, 15, 19, 23, 27]
 show(
     plots.film_strip([states[index] for index in chosen]),
-    alt="Eight of 28 steps. Upper row: the latents, decoded, turn from noise to the image. Lower row: the picture that each step aims at,"
-    " blurred at first and sharper with every step.",
+    alt="Eight of 28 steps. Upper row: the latents, decoded, turn from noise to the image."
+    " Lower row: the picture that each step aims at, blurred at first, then sharper.",
 )
 
 # %% [markdown]
@@ -136,14 +139,16 @@ show(
 
 
 # %%
-def at_step(step=4):
+def at_step(step=16):
     state = states[step - 1]
     titles = [f"latents at σ = {state.sigma_next:.3f}", f"x0, aimed at from σ = {state.sigma:.3f}"]
     return plots.gallery([state.image("latents"), state.image("x0")], titles)
 
 
 explore(
-    at_step, step=(1, 28), alt="The fourth of 28 steps: the latents, decoded, are still noise; the picture aimed at is a blurred scene."
+    at_step,
+    step=(1, 28),
+    alt="Step 16 of 28: in the latents the scene shows through the noise; the picture aimed at is clear.",
 )
 
 # %% [markdown]
@@ -211,7 +216,7 @@ print(table)
 counts = {anatomy.name: instruments.parameter_counts(anatomy) for anatomy in (mini, FLUX_1_DEV)}
 show(
     plots.parameter_bars(counts),
-    alt="Parameters of the four models of a pipeline on a logarithmic scale: in both pipelines the transformer is the largest.",
+    alt="Parameters of four models, on a logarithmic scale: both transformers are the largest.",
 )
 
 # %% [markdown]
@@ -254,7 +259,10 @@ beside("tokens", x)
 beside("position_ids", torch.cat([text.text_ids, img_ids]))
 
 # %%
-show(plots.latent_channels(noise), alt="The 16 channels of the starting latents, 16 by 16 numbers each: pure noise, without any structure.")
+show(
+    plots.latent_channels(noise),
+    alt="The 16 channels of the starting latents, 16 by 16 numbers each: noise without structure.",
+)
 
 # %% [markdown]
 # *What to see*: nothing. This is seed 0, noise without a pattern, and it is all that tells one image of a prompt from
@@ -277,7 +285,7 @@ for anatomy in (mini, FLUX_1_DEV):
 # %%
 show(
     plots.sigma_curve(sigmas),
-    alt="Noise level against steps taken: both curves fall from 1 to 0; that of FLUX.1-dev stays high for longer.",
+    alt="Noise level against steps taken: both fall from 1 to 0; FLUX.1-dev stays high for longer.",
 )
 
 # %% [markdown]
@@ -300,14 +308,13 @@ def velocity_at(x, sigma, guidance=3.5):
     )
 
 
-from itertools import pairwise
-
+# %%
 schedule = sigmas["miniature"]
 for sigma, sigma_next in pairwise(schedule):
     x = x + (sigma_next - sigma) * velocity_at(x, sigma)
 
 # %% [markdown]
-# Two lines are the whole loop. What is left: unpack the tokens, undo the scaling of the latents, decode.
+# The last two lines are the whole loop. What is left: unpack the tokens, undo the scaling of the latents, decode.
 
 # %%
 unpacked = unpack_latents(x, height=128, width=128)
@@ -315,15 +322,16 @@ decoded = pipe.vae.decode(unpacked / mini.vae.scaling_factor + mini.vae.shift_fa
 by_hand = pipe.image_processor.postprocess(decoded, output_type="pil")[0]
 beside("latents", unpacked)
 beside("image", decoded)
-show(plots.gallery([image, by_hand], ["by the pipeline", "by hand"]), alt="The pipeline's image and ours made by hand: they look the same.")
+show(
+    plots.gallery([image, by_hand], ["by the pipeline", "by hand"]),
+    alt="The pipeline's image and the one made by hand: they look the same.",
+)
 
 # %% [markdown]
 # *What to see*: the same image twice. How nearly the same?
 
+
 # %%
-import numpy as np
-
-
 def largest_difference(first, second):
     return int(np.abs(np.asarray(first, dtype=int) - np.asarray(second, dtype=int)).max())
 
@@ -419,7 +427,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: no difference. Two programs that share no code agree to the last digit that an image file can hold.
+# *What to see*: no difference. Two programs that share no code make the same image. Where a colour value differs at all,
+# it is by 1 of 255: the same numbers were added in another order, and one was rounded up, the other down.
 #
 # ## Turn the knob
 #
@@ -432,18 +441,27 @@ show(
 
 
 # %%
-def draw(prompt="a small green cone in front of a large purple cylinder on the sand", seed=0, steps=20, guidance=3.5):
-    images = pipe(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=seeded(seed)).images
+wish = "a small green cone in front of a large purple cylinder on the sand"
+
+
+def draw(prompt=wish, seed=0, steps=14, guidance=3.5):
+    images = pipe(
+        prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=seeded(seed),
+    ).images
     return plots.gallery(images, [f"seed {seed}, {steps} steps, guidance {guidance}"])
 
 
+# %%
 explore(
     draw,
     prompt=str,
     seed=(0, 50),
     steps=(1, 28),
     guidance=(1.0, 6.0, 0.5),
-    alt="An image of a small green cone in front of a large purple cylinder on the sand.",
+    alt="An image of " + wish,
 )
 
 # %% [markdown]
@@ -456,7 +474,7 @@ strangers = ["a cat riding a bicycle", "a red sphere", "three red spheres", ""]
 images = pipe(strangers, generator=[seeded(3) for _ in strangers]).images
 show(
     plots.gallery(images, [prompt or "(empty prompt)" for prompt in strangers]),
-    alt="Images of four prompts, of which only the second is one that the miniature was trained for. The others show some table-top scene.",
+    alt="Images of four prompts; only the second belongs to the miniature's world.",
 )
 
 # %% [markdown]
@@ -474,13 +492,16 @@ tokens = pack_latents(noise)
 starts = {"noise": tokens, "noise × 0.5": 0.5 * tokens, "zeros": 0 * tokens}
 ends = pipe([PROMPT] * 3, latents=torch.cat(list(starts.values())), output_type="latent").images
 for (name, start), end in zip(starts.items(), ends, strict=True):
-    print(f"from {name:12} standard deviation {start.std():.2f} at the start, {end.std():.2f} at the end")
-show(plots.gallery(pipe.decode(ends, 128, 128), list(starts)), alt="Three images: from noise, from noise half as strong, and from zeros.")
+    print(f"from {name:12} standard deviation: start {start.std():.2f}, end {end.std():.2f}")
+show(
+    plots.gallery(pipe.decode(ends, 128, 128), list(starts)),
+    alt="Three images: from noise, from noise half as strong, and from zeros.",
+)
 
 # %% [markdown]
-# *What to see*: with half the noise, and with none, the walk ends at a smooth floor; the objects are gone. The words
-# alone do not make a picture. The noise is what the objects are carved from, and the network counts on its strength:
-# at $\\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
+# *What to see*: from zeros the walk ends at a smooth, empty floor, and from weak noise little more grows on it. The words
+# alone do not make a picture. The noise is what objects are carved from, and the network counts on its strength: at
+# $\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
 #
 # ## Common misreadings
 #
@@ -489,8 +510,9 @@ show(plots.gallery(pipe.decode(ends, 128, 128), list(starts)), alt="Three images
 
 # %%
 first = states[0]
-print("velocity against noise:                   ", f"{(first.velocity - tokens).abs().max():.3f}")
-print("velocity + predicted picture against noise:", f"{(first.velocity + first.x0 - tokens).abs().max():.6f}")
+print("largest difference to the noise it started from")
+print("    velocity                    ", f"{(first.velocity - tokens).abs().max():.3f}")
+print("    velocity + predicted picture", f"{(first.velocity + first.x0 - tokens).abs().max():.3f}")
 
 # %% [markdown]
 # The velocity alone is not the noise; velocity plus predicted picture is.
@@ -516,28 +538,30 @@ hook.remove()
 # left to gain:
 
 # %%
-counts_of_steps = [1, 2, 4, 8, 16]
-images = [pipe(PROMPT, num_inference_steps=count, generator=seeded()).images[0] for count in counts_of_steps]
-for count, each in zip(counts_of_steps, images, strict=True):
-    difference = np.abs(np.asarray(each, dtype=float) - np.asarray(image, dtype=float)).mean()
-    print(f"{count:2} steps: mean difference to 28 steps {difference:5.1f} of 255")
-images, counts_of_steps = [*images, image], [*counts_of_steps, 28]
+counts = [1, 2, 4, 8, 16]
+images = [pipe(PROMPT, num_inference_steps=count, generator=seeded()).images[0] for count in counts]
+last = np.asarray(image, dtype=float)
+for count, each in zip(counts, images, strict=True):
+    difference = np.abs(np.asarray(each) - last).mean()
+    print(f"steps: {count:2}, mean difference to 28 steps {difference:4.1f} of 255")
 show(
-    plots.gallery(images, [f"{count} steps" for count in counts_of_steps]), alt="The same prompt and seed with 1, 2, 4, 8, 16 and 28 steps."
+    plots.gallery([*images, image], [f"steps: {count}" for count in [*counts, 28]]),
+    alt="The same prompt and seed with 1, 2, 4, 8, 16 and 28 steps.",
 )
 
 # %% [markdown]
 # *What to see*: one step gives the blur that the film strip showed at its left end. Each time the steps are doubled, the
 # image changes less.
 #
-# **"The loop works on pixels."** It never sees one. The numbers that it moves:
+# **"The loop works on pixels."** It never sees one. It moves 12 times fewer numbers:
 
 # %% tags=["nbval-check-output"]
 for anatomy in (mini, FLUX_1_DEV):
     _, channels, rows, columns = anatomy.shapes()["latents"]
     _, colors, height, width = anatomy.shapes()["image"]
-    print(f"{anatomy.name:10} {channels * rows * columns:7,} numbers in the latents, {colors * height * width:9,} in the image: 1 to 12")
-    assert colors * height * width == 12 * channels * rows * columns
+    latents, pixels = channels * rows * columns, colors * height * width
+    print(f"{anatomy.name:10} {latents:7,} numbers in the latents, {pixels:9,} in the image")
+    assert pixels == 12 * latents
 
 # %% [markdown]
 # ## Your turn

@@ -20,7 +20,7 @@ TOKEN = "flux-lab-tests"
 START_SECONDS = 60
 RUN_SECONDS = 600
 CHANGE_SECONDS = 60
-TALLEST = 12_000
+PIECE, TOOLBARS = 2400, 150  # pixels of a notebook on one screenshot, and of what stands above it
 ERROR = "application/vnd.jupyter.error"
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
@@ -132,11 +132,15 @@ class Lesson:
         return self.page.locator(".jp-RenderedMarkdown details").all()
 
     def screenshot(self, path: Path) -> None:
-        """The whole notebook in one picture, up to a limit."""
-        height = self.page.evaluate("() => document.querySelector('.jp-NotebookPanel-notebook .jp-WindowedPanel-outer').scrollHeight")
+        """The whole notebook from its beginning, in numbered pictures beside each other."""
+        panel = "document.querySelector('.jp-NotebookPanel-notebook .jp-WindowedPanel-outer')"
+        height = self.page.evaluate(f"() => {panel}.scrollHeight")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.page.set_viewport_size({"width": 1300, "height": min(height + 150, TALLEST)})
-        self.page.screenshot(path=path)
+        self.page.set_viewport_size({"width": 1300, "height": PIECE + TOOLBARS})
+        for number, top in enumerate(range(0, height, PIECE)):
+            self.page.evaluate(f"top => {{ {panel}.scrollTop = top }}", top)
+            self.page.wait_for_timeout(200)
+            self.page.screenshot(path=path.with_stem(f"{path.stem}-{number:02}"))
 
 
 def errors(outputs: list[dict]) -> list[str]:
