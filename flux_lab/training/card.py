@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
+from flux_lab.checkpoints import load_transformer
+from flux_lab.training.grow import gates
 from flux_lab.training.loop import CHECKPOINT
 from flux_lab.training.report import percent, table, to_markdown, write_text
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
@@ -145,6 +147,24 @@ def count_parameters(model: Path) -> dict[str, int]:
     return counts
 
 
+def closed_blocks(model: Path) -> int:
+    """How many of a checkpoint's blocks have all their gates at zero: they are the identity (see grow.py)."""
+    transformer = load_transformer(model / "transformer")
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    return sum(not any(gate.any() for gate in gates(block)) for block in blocks)
+
+
+def closed_sentence(model: Path, blocks: int) -> str:
+    """The limit that `closed_blocks` is, or nothing."""
+    closed = closed_blocks(model)
+    if not closed:
+        return ""
+    return (
+        f"- {closed} of its {blocks} blocks were inserted with closed gates and not trained since: each is the identity, and taking it\n"
+        f"  out changes nothing. All {blocks} are run and can be looked into, but only {blocks - closed} do the work.\n"
+    )
+
+
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -189,7 +209,7 @@ From nothing, in the repository; every command goes on where it was stopped:
 
 ## Limits
 
-- It knows the words of its captions and their synonyms. Anything else gives *some* table top.
+{closed}- It knows the words of its captions and their synonyms. Anything else gives *some* table top.
 - One or two objects, one camera, one sun, {size} pixels. Other sizes run, but are not what it was trained on.
 - Of what prompts state, it gets the {weakest} right least often: {weakest_share} of the time.
 - It is made to be looked into, not to be used: all its pictures are of solids that its own ray tracer draws better.
@@ -229,6 +249,7 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
         hardware=trained_on or settings["hardware"],
         last=LAST,
         measured=to_markdown(report),
+        closed=closed_sentence(model, transformer["num_layers"] + transformer["num_single_layers"]),
         weakest=weakest,
         weakest_share=percent(obedience[weakest]["share"]),
         commands="\n".join([*scene_commands(runs), *commands, evaluate]),

@@ -9,10 +9,11 @@ on, the new blocks come to matter. Writes `transformer/` (a diffusers folder).
 import argparse
 import copy
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flux_lab.checkpoints import load_transformer, save_model
 from flux_lab.config import FLUX_MINI
@@ -23,14 +24,19 @@ from flux_lab.transformer import FluxTransformer2DModel
 GATES = {AdaLayerNormZero: (2, 5), AdaLayerNormZeroSingle: (2,)}
 
 
-@torch.no_grad()
-def close_gates(block: nn.Module) -> nn.Module:
-    """Set all gates of a block to zero."""
+def gates(block: nn.Module) -> Iterator[Tensor]:
+    """The rows of a block's modulation linears that make its gates: weights and biases, as views."""
     for module in block.modules():
         for chunk in GATES.get(type(module), ()):
             rows = slice(chunk * module.linear.in_features, (chunk + 1) * module.linear.in_features)
-            module.linear.weight[rows] = 0
-            module.linear.bias[rows] = 0
+            yield from (module.linear.weight[rows], module.linear.bias[rows])
+
+
+@torch.no_grad()
+def close_gates(block: nn.Module) -> nn.Module:
+    """Set all gates of a block to zero."""
+    for gate in gates(block):
+        gate.zero_()
     return block
 
 
