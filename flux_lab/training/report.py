@@ -1,5 +1,6 @@
 """What an evaluation says: shares with their intervals, tables in markdown, and a sheet of pictures."""
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 Z = 1.959964  # of the normal distribution, for 95 %
 COLUMNS = 8
@@ -112,7 +114,7 @@ def draw_samples(
     images: UInt8[np.ndarray, "images height width 3"],
     prompts: Sequence[str],
     scores: Sequence[dict[str, bool]],
-    rows: int = 6,
+    rows: int = 3,
 ) -> None:
     """A sheet of the first pictures under their prompts; what is wrong is named in red below."""
     from matplotlib.figure import Figure
@@ -127,7 +129,11 @@ def draw_samples(
             wrong = [name for name, right in scores[place].items() if not right]
             axes.imshow(images[place], interpolation="nearest")
             axes.set_title(textwrap.fill(prompts[place], 30), fontsize=6, parse_math=False)
-            axes.set_xlabel(("not right: " + ", ".join(wrong)) if wrong else "all right", fontsize=6, color=WRONG if wrong else RIGHT)
+            verdict = textwrap.fill("not right: " + ", ".join(wrong), 30) if wrong else "all right"
+            axes.set_xlabel(verdict, fontsize=6, color=WRONG if wrong else RIGHT)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     part = Path(path).with_suffix(".part")
-    figure.savefig(part, format="png", dpi=100)
+    # 256 colours are enough for a sheet, and take a third of the space.
+    Image.open(drawn).convert("RGB").quantize(256).save(part, format="png", optimize=True)
     os.replace(part, path)

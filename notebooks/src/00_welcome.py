@@ -7,7 +7,7 @@
 # - read the map of FLUX.1: which tensor goes where, and its shape, in a miniature and in the real FLUX.1-dev;
 # - stop the model at any step, look at what it holds, and take a step by hand.
 #
-# **Time**: about 20 seconds to run, 40 minutes to study. **You need**: Python, the basics of PyTorch, and to have
+# **Time**: less than a minute to run, 40 minutes to study. **You need**: Python, the basics of PyTorch, and to have
 # heard of attention. You need no graphics card, no network and no account.
 
 # %% [markdown]
@@ -19,7 +19,8 @@
 #
 # The real model, **FLUX.1-dev**, has 12 billion parameters in its main network. Here you work with a **miniature**:
 # the same anatomy, 1/32 of the width, trained on pictures of a table top. It draws an image in seconds on a laptop.
-# Wherever a size is printed for the miniature, the same size is printed for FLUX.1-dev.
+# Wherever a size is printed for the miniature, the same size is printed for FLUX.1-dev. How it was trained, what it gets
+# right and how often, and what it cannot do stands in its [model card](../data/flux-mini/README.md).
 #
 # - Run a cell with **Shift+Enter**, everything with *Run → Run All Cells*. Cells may be run again; change them and
 #   see what happens.
@@ -91,14 +92,17 @@ image = pipe(PROMPT, generator=seeded()).images[0]
 show(plots.gallery([image], ["28 steps, seed 0"]), alt="The miniature's image: " + PROMPT)
 
 # %% [markdown]
-# *What to see*: the prompt is obeyed. A **seed** numbers the noise that the image starts from. Another seed gives
-# another image of the same words:
+# *What to see*: compare it with the words, one by one. Floor and colours come out first in training, shapes, sizes and
+# relations late, and this miniature is still young: its objects are soft, some of them surplus. How often each
+# attribute is right was measured; the model card has the table.
+#
+# A **seed** numbers the noise that the image starts from. Another seed gives another image of the same words:
 
 # %%
 images = pipe(PROMPT, num_images_per_prompt=4, generator=[seeded(seed) for seed in range(1, 5)]).images
 show(
     plots.gallery(images, [f"seed {seed}" for seed in range(1, 5)]),
-    alt="Four images of the same prompt from four seeds: the same objects in other places.",
+    alt="Four images of the same prompt from four seeds: the same wooden floor, red and blue objects in other places.",
 )
 
 # %% [markdown]
@@ -499,8 +503,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: from zeros the walk ends at a smooth, empty floor, and from weak noise little more grows on it. The words
-# alone do not make a picture. The noise is what objects are carved from, and the network counts on its strength: at
+# *What to see*: from zeros the walk ends at an empty picture, and from weak noise the objects run into one another. The
+# words alone do not make a picture. The noise is what objects are carved from, and the network counts on its strength: at
 # $\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
 #
 # ## Common misreadings
