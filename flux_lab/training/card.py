@@ -181,7 +181,7 @@ from flux_lab import FluxPipeline
 image = FluxPipeline.from_pretrained("{path}")("a shiny red sphere to the left of a blue cube on grass").images[0]
 
 from diffusers import FluxPipeline  # the same folder; diffusers knows neither size by itself
-pipe = FluxPipeline.from_pretrained("{path}", dtype=torch.float32)
+pipe = FluxPipeline.from_pretrained("{path}")
 image = pipe("a shiny red sphere to the left of a blue cube on grass", height={size}, width={size}, max_sequence_length={length}).images[0]
 ```
 
