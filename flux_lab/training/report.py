@@ -1,6 +1,5 @@
 """What an evaluation says: shares with their intervals, tables in markdown, and a sheet of pictures."""
 
-import io
 import json
 import math
 import os
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 Z = 1.959964  # of the normal distribution, for 95 %
 COLUMNS = 8
@@ -121,7 +119,7 @@ def draw_samples(
 
     shown = min(len(images), rows * COLUMNS)
     rows = -(-shown // COLUMNS)
-    figure = Figure(figsize=(1.6 * COLUMNS, 2.2 * rows), layout="constrained")
+    figure = Figure(figsize=(1.6 * COLUMNS, 2.8 * rows), layout="constrained")
     for place, axes in enumerate(figure.subplots(rows, COLUMNS, squeeze=False).flat):
         axes.set(xticks=[], yticks=[])
         axes.set_frame_on(False)
@@ -131,9 +129,6 @@ def draw_samples(
             axes.set_title(textwrap.fill(prompts[place], 30), fontsize=6, parse_math=False)
             verdict = textwrap.fill("not right: " + ", ".join(wrong), 30) if wrong else "all right"
             axes.set_xlabel(verdict, fontsize=6, color=WRONG if wrong else RIGHT)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
     part = Path(path).with_suffix(".part")
-    # 256 colours are enough for a sheet, and take a third of the space.
-    Image.open(drawn).convert("RGB").quantize(256).save(part, format="png", optimize=True)
+    figure.savefig(part, format="png", dpi=90)
     os.replace(part, path)

@@ -128,7 +128,8 @@ class Lesson:
         self.page.wait_for_function(READY, timeout=RUN_SECONDS * 1000)
         return True
 
-    def solutions(self) -> list[Locator]:
+    def folded(self) -> list[Locator]:
+        """The hints and solutions."""
         return self.page.locator(".jp-RenderedMarkdown details").all()
 
     def screenshot(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every lesson as a learner meets it: opened in JupyterLab, run, its sliders moved, its solutions unfolded."""
+"""Every lesson as a learner meets it: opened in JupyterLab, run, its sliders moved, its hints and solutions unfolded."""
 
 import os
 import shutil
@@ -66,15 +66,16 @@ def test_lesson_works_in_jupyterlab(page: Page, url: str, name: str) -> None:
         outputs = lesson.run_all()
         lesson.screenshot(SCREENSHOTS / f"{Path(name).stem}.png")
         assert lab.errors(outputs) == []
-        sliders, solutions = lesson.sliders(), lesson.solutions()
+        sliders, folded = lesson.sliders(), lesson.folded()
         if name == "good.ipynb":
-            assert (len(sliders), len(solutions)) == (1, 1)
+            assert (len(sliders), len(folded)) == (1, 1)
         for number, slider in enumerate(sliders):
             assert lesson.move(slider), f"slider {number} changes no picture"
-        for solution in solutions:
-            assert solution.locator("pre").first.is_hidden()
-            solution.locator("summary").click()
-            assert solution.locator("pre").first.is_visible()
+        for hint_or_solution in folded:
+            content = hint_or_solution.locator("> :not(summary)").first
+            assert content.is_hidden()
+            hint_or_solution.locator("summary").click()
+            assert content.is_visible()
 
 
 def test_error_in_a_cell_is_seen(page: Page, url: str) -> None:
