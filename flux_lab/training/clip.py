@@ -91,9 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     task(**pairs(0, torch.Generator().manual_seed(0)))  # the lazy layer takes its size from a first batch
     train(task, pairs, options.out, settings)
     encoder = CLIPTextModel(config)
-    encoder.load_state_dict(
-        {name.removeprefix("text."): tensor for name, tensor in load_trained(options.out).items() if name.startswith("text.")}
-    )
+    encoder.load_state_dict(load_trained(options.out, "text"))
     save_model(encoder, options.out / "text_encoder")
 
 

@@ -157,10 +157,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def export(out: Path, transformer: FluxTransformer2DModel) -> None:
     """Write the trained (averaged) transformer of a run to `out/transformer`."""
-    prefix = "transformer."
-    trained = {name.removeprefix(prefix): tensor for name, tensor in load_trained(out).items() if name.startswith(prefix)}
     exported = FluxTransformer2DModel(transformer.config)
-    exported.load_state_dict(trained)
+    exported.load_state_dict(load_trained(out, "transformer"))
     save_model(exported, out / "transformer")
 
 

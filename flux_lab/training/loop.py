@@ -131,13 +131,17 @@ def _check_settings(out: Path, before: dict, now: dict) -> None:
             raise ValueError(f"{out}: holds a run with {name}={value}, asked for {now[name]}; use another folder or remove this one")
 
 
-def load_trained(out: Path) -> dict[str, Tensor]:
-    """The parameters in `out`'s checkpoint: their moving average where the run kept one. Raises FileNotFoundError."""
+def load_trained(out: Path, part: str = "") -> dict[str, Tensor]:
+    """The parameters in `out`'s checkpoint: their moving average where the run kept one. Raises FileNotFoundError.
+
+    With `part`, only those of this module of the task, under the names that they have inside it.
+    """
     if not (out / CHECKPOINT).exists():
         raise FileNotFoundError(f"{out / CHECKPOINT}: not there; run the stage that writes it first")
     with safe_open(out / CHECKPOINT, "pt") as file:
         names = list(file.keys())
         prefix = "average." if any(name.startswith("average.") for name in names) else "model."
+        prefix += f"{part}." if part else ""
         return {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
 
 

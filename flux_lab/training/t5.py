@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(steps=options.steps, batch_size=options.batch, learning_rate=options.rate, seed=options.seed)
     torch.manual_seed(options.seed)
     train(Rewriter(MINI_T5, ids.t5.shape[-1]), Rewrites(ids, settings), options.out, settings)
-    trained = {name.removeprefix("encoder."): tensor for name, tensor in load_trained(options.out).items() if name.startswith("encoder.")}
+    trained = load_trained(options.out, "encoder")
     # One tensor under two names, of which a checkpoint of parameters has the first.
     trained["encoder.embed_tokens.weight"] = trained["shared.weight"]
     encoder = T5EncoderModel(MINI_T5)

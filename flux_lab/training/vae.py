@@ -98,9 +98,8 @@ def measured_scaling(config: AutoencoderKLConfig, latents: Tensor) -> Autoencode
 
 def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> AutoencoderKLConfig:
     """Write the trained autoencoder with its measured scaling, and the scaled latents of `images`."""
-    trained = {name.removeprefix("vae."): tensor for name, tensor in load_trained(out).items()}
     vae = AutoencoderKL(config).eval().to(memory_format=torch.channels_last)
-    vae.load_state_dict(trained)
+    vae.load_state_dict(load_trained(out, "vae"))
     latents = encode_all(vae.to("cuda" if torch.cuda.is_available() else "cpu"), images)
     vae.config = measured_scaling(config, latents)
 
