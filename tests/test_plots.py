@@ -155,7 +155,7 @@ PHOTO, CHART = RED, plots.sigma_curve({"a": [1.0, 0.0]})
 @pytest.mark.parametrize(("picture", "mime"), [(PHOTO, "image/jpeg"), (plots.gallery([RED]), "image/jpeg"), (CHART, "image/png")])
 def test_show_publishes_picture_and_alt_text_as_one_output(monkeypatch: pytest.MonkeyPatch, picture: object, mime: str) -> None:
     published = []
-    monkeypatch.setattr(plots, "display", lambda data, **options: published.append((data, options)))
+    monkeypatch.setattr(plots.pictures, "display", lambda data, **options: published.append((data, options)))
     plots.show(picture, alt="a description")
     ((data, options),) = published
     assert list(data) == [mime, "text/plain"]

@@ -242,6 +242,7 @@ def test_module_has_its_test(module: str) -> None:
         return
     package, _, stem = name.rpartition(".")
     accepted = [f"test_{stem}.py", f"test_{name.replace('.', '_')}.py", f"{package or '.'}/test_{stem}.py", f"test_{package or stem}.py"]
+    accepted += [f"test_{parent}{suffix}.py" for parent in package.split(".")[1:] for suffix in ("", f"_{stem}")]
     assert any((ROOT / "tests" / path).exists() for path in accepted), f"none of {accepted} exists in tests/"
 
 

@@ -1,18 +1,20 @@
 """Exercises that name the mistake. `check(name, answer)` says ✓, "not attempted yet", or which misconception it recognises.
 
-A lesson's exercises stand in one module, each an `Exercise`; `EXERCISES` lists the modules. With FLUX_LAB_STRICT=1 in the environment
+A lesson's exercises stand in the module with the lesson's stem, in its tuple `EXERCISES`. With FLUX_LAB_STRICT=1 in the environment
 anything but ✓ raises ExerciseError: that is how the tests of the lessons read the verdict.
 """
 
+import importlib
 import os
+import pkgutil
 from typing import Any
 
-from flux_lab.exercises import welcome
 from flux_lab.exercises.checking import Exercise, Misconception, Verdict, judge
 
 __all__ = ["EXERCISES", "Exercise", "ExerciseError", "Misconception", "Verdict", "check", "judge"]
 
-EXERCISES: dict[str, Exercise] = {exercise.name: exercise for lesson in (welcome,) for exercise in lesson.EXERCISES}
+LESSONS = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__) if module.name != "checking"]
+EXERCISES: dict[str, Exercise] = {exercise.name: exercise for lesson in LESSONS for exercise in lesson.EXERCISES}
 
 
 class ExerciseError(AssertionError):

@@ -1,4 +1,4 @@
-"""One function for every kind of picture. Each returns a matplotlib figure; `show` puts it into the notebook together with its alt text."""
+"""Pictures that every lesson uses: images in rows, latents, curves, bars; and `show`, which puts one into the notebook."""
 
 import base64
 import io
@@ -12,23 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from flux_lab.instruments.pipeline_map import STAGES, pipeline_map
 from flux_lab.instruments.style import BLUE, CYCLE, DPI, INK, PAPER, SIGNED, WIDTH
 from flux_lab.pipeline import DenoisingState
 from flux_lab.shapes import shaped
-
-__all__ = [
-    "STAGES",
-    "film_strip",
-    "gallery",
-    "image_grid",
-    "latent_channels",
-    "parameter_bars",
-    "pipeline_map",
-    "png",
-    "show",
-    "sigma_curve",
-]
 
 LABELS = 1.15  # inches for the names of the rows
 LARGEST = 2.6  # inches of one image, at most
