@@ -1,5 +1,6 @@
 """The training loop: a run that is killed and resumed ends with the same parameters as one that was not."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.optimizer import is_inner_matrix, optimizers_of
 
 SETTINGS = Settings(steps=7, batch_size=4, learning_rate=0.01, warmup=2, ema=0.9, save_every=3)
 
@@ -50,6 +52,41 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == SETTINGS.steps
+
+
+class Blocks(nn.Module):
+    """A matrix inside a block, one outside, and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([nn.Linear(5, 4)])
+        self.proj_out = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        return {"loss": (self.proj_out(self.transformer_blocks[0](x)) - x[..., :3]).square().mean()}
+
+
+def test_muon_moves_the_matrices_inside_blocks_and_is_resumed_too(tmp_path):
+    settings = dataclasses.replace(SETTINGS, muon=3.0)
+    task = Blocks()
+    parameters = dict(task.named_parameters())
+    assert [name for name, parameter in parameters.items() if is_inner_matrix(name, parameter)] == ["transformer_blocks.0.weight"]
+    kinds = {type(optimizer): multiple for optimizer, multiple in optimizers_of(parameters, 0.0, settings.muon).items()}
+    assert kinds == {torch.optim.AdamW: 1.0, torch.optim.Muon: 3.0}
+
+    def run_blocks(out, steps):
+        torch.manual_seed(0)
+        return train(Blocks(), batch, out, dataclasses.replace(settings, steps=steps, decay=0.0, save_every=1))
+
+    before = {name: tensor.clone() for name, tensor in run_blocks(tmp_path / "start", 0).items()}
+    whole = run_blocks(tmp_path / "whole", 6)
+    moved = whole["transformer_blocks.0.weight"] - before["transformer_blocks.0.weight"]
+    # An orthogonal step moves all directions: no singular value stays behind, as it would when one gradient dominates.
+    singular = torch.linalg.svdvals(moved)
+    assert singular[-1] > 0.2 * singular[0]
+    run_blocks(tmp_path / "resumed", 3)
+    resumed = run_blocks(tmp_path / "resumed", 6)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_the_average_is_what_is_loaded(tmp_path):

@@ -9,6 +9,7 @@ pictures at every w (as in Tang et al. 2025, arXiv 2502.12154). The teacher may 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,13 +40,13 @@ class GuidanceLoss(nn.Module):
         text = self.encoders(clip_ids, t5_ids)
         target = pack_latents(noise - latents)
         distilled = guidance > 1
-        without = self.encoders(no_clip, no_t5)
+        without = [one.expand_as(each) for one, each in zip(self.encoders(no_clip[:1], no_t5[:1]), text, strict=True)]
         target[distilled] += self.difference(x_t, t, text, without, distilled) * (guidance[distilled, None, None] - 1)
         error = (predict_velocity(self.transformer, x_t, t, text, guidance) - target).square().mean(dim=(1, 2))
         return {"loss": error.mean(), "flow_loss": error[~distilled].mean(), "guided_loss": error[distilled].mean()}
 
     @torch.no_grad()
-    def difference(self, x_t: Tensor, t: Tensor, text: tuple, without: tuple, which: Tensor) -> Float[Tensor, "some tokens channels"]:
+    def difference(self, x_t: Tensor, t: Tensor, text: Sequence, without: Sequence, which: Tensor) -> Float[Tensor, "some tokens channels"]:
         """The teacher's v_cond - v_uncond for the chosen part of the batch, both passes as one batch."""
         both = tuple(torch.cat([a[which], b[which]]) for a, b in zip(text, without, strict=True))
         twice = [torch.cat([value[which]] * 2) for value in (x_t, t)]

@@ -6,24 +6,26 @@ that was killed goes on as if it had not been. Started with torchrun, every proc
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m flux_lab.training.flow --layers 4 8
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from flux_lab import shapes
+from flux_lab.training.optimizer import optimizers_of
 
 CHECKPOINT = "checkpoint.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Settings:
     warmup: int = 100
     decay: float = 0.3
     weight_decay: float = 0.0
+    muon: float = 0.0  # the rate of Muon for the matrices inside blocks, in multiples of the learning rate; 0: AdamW for all
     ema: float = 0.0
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -63,11 +66,9 @@ def train(
     task = task.to(accelerator.device).train()
     parameters = dict(task.named_parameters())
     parameters = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay, foreach=True
-    )
+    optimizers = optimizers_of(parameters, settings.weight_decay, settings.muon)
     average = {name: parameter.detach().clone() for name, parameter in parameters.items()} if settings.ema else {}
-    first = _resume(out, settings, parameters, average, optimizer)
+    first = _resume(out, settings, parameters, average, optimizers)
     wrapped = accelerator.prepare(task)
     is_main = accelerator.is_main_process
 
@@ -78,13 +79,14 @@ def train(
                 name: tensor.chunk(accelerator.num_processes)[accelerator.process_index].to(accelerator.device)
                 for name, tensor in make_batch(step, generator).items()
             }
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
             results = wrapped(**batch)
-            optimizer.zero_grad()
+            task.zero_grad()
             accelerator.backward(results["loss"])
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
-            optimizer.step()
+            for optimizer, multiple in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.rate(step) * multiple
+                optimizer.step()
             if average:
                 # A short memory at first, so that the average forgets the random start.
                 keep = min(settings.ema, (step + 1) / (step + 10))
@@ -92,16 +94,16 @@ def train(
             results = {name: accelerator.reduce(value.detach(), "mean").item() for name, value in results.items()}
             log(step, results)
             if is_main and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
-                _save(out, settings, step + 1, parameters, average, optimizer)
+                _save(out, settings, step + 1, parameters, average, optimizers)
     return average or {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def _save(out: Path, settings: Settings, step: int, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> None:
+def _save(out: Path, settings: Settings, step: int, parameters: dict, average: dict, optimizers: Iterable[Optimizer]) -> None:
     tensors = {f"model.{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
     tensors |= {f"average.{name}": tensor.contiguous() for name, tensor in average.items()}
     for name, parameter in parameters.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"optimizer.{name}.{key}": state[key].contiguous() for key in (*MOMENTS, "step")}
+        for state in (optimizer.state[parameter] for optimizer in optimizers if parameter in optimizer.state):
+            tensors |= {f"optimizer.{name}.{key}": value.contiguous() for key, value in state.items()}
     metadata = {"step": str(step), "settings": json.dumps(dataclasses.asdict(settings))}
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / (CHECKPOINT + ".part")
@@ -109,17 +111,26 @@ def _save(out: Path, settings: Settings, step: int, parameters: dict, average: d
     os.replace(temporary, out / CHECKPOINT)
 
 
-def _resume(out: Path, settings: Settings, parameters: dict, average: dict, optimizer: torch.optim.Optimizer) -> int:
+def _resume(out: Path, settings: Settings, parameters: dict, average: dict, optimizers: Iterable[Optimizer]) -> int:
     """Load `out`'s checkpoint, if there is one, into everything; the number of steps it has behind it."""
     if not (out / CHECKPOINT).exists():
         return 0
     with safe_open(out / CHECKPOINT, "pt") as file, torch.no_grad():
         metadata = file.metadata()
         _check_settings(out, json.loads(metadata["settings"]), dataclasses.asdict(settings))
+        states = collections.defaultdict(dict)
+        for key in list(file.keys()):
+            if key.startswith("optimizer."):
+                name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+                states[name][entry] = file.get_tensor(key)
+        holders = {parameter: optimizer for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in parameters.items():
             parameter.copy_(file.get_tensor(f"model.{name}"))
-            moments = {key: torch.empty_like(parameter).copy_(file.get_tensor(f"optimizer.{name}.{key}")) for key in MOMENTS}
-            optimizer.state[parameter] = moments | {"step": file.get_tensor(f"optimizer.{name}.step")}
+            # In the memory layout of the parameter, which may be channels-last.
+            holders[parameter].state[parameter] = {
+                entry: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+                for entry, value in states[name].items()
+            }
         for name in average:
             average[name].copy_(file.get_tensor(f"average.{name}"))
     return int(metadata["step"])
