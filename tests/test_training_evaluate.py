@@ -1,5 +1,6 @@
 """The evaluation: its statistics, its measurements on cases with a known answer, and the whole command on a tiny checkpoint."""
 
+import copy
 import dataclasses
 import json
 
@@ -12,7 +13,8 @@ from training_parts import write_parts
 
 from flux_lab import FluxPipeline
 from flux_lab.latents import pack_latents
-from flux_lab.training import captions, card, evaluate, export, quality, reader, report, world
+from flux_lab.training import behaviour, captions, card, evaluate, export, quality, reader, report, world
+from flux_lab.training.grow import close_gates
 from flux_lab.training.report import Tally
 
 
@@ -65,6 +67,20 @@ def test_prompts_state_what_is_true_of_their_scene():
 
 
 # ---- the autoencoder ----------------------------------------------------------------------------------------------------
+
+
+def test_ssim_of_known_pictures():
+    rng = np.random.default_rng(0)
+    noisy = rng.integers(0, 256, (3, 20, 17, 3), dtype=np.uint8)
+    flat = np.full((1, 20, 17, 3), 100, np.uint8)
+    assert quality.ssim(noisy, noisy) == pytest.approx([1, 1, 1])
+    assert (abs(quality.ssim(noisy, noisy[::-1].copy())[[0, 2]]) < 0.2).all()
+    # Without structure only the means count: (2 a b + c1) / (a^2 + b^2 + c1).
+    expected = (2 * 100 * 150 + 2.55**2) / (100**2 + 150**2 + 2.55**2)
+    assert quality.ssim(flat, flat + 50) == pytest.approx([expected])
+    # One picture's score does not depend on the others, nor on the order of the two.
+    shifted = np.clip(noisy.astype(int) + 20, 0, 255).astype(np.uint8)
+    assert quality.ssim(noisy, shifted)[1:2] == pytest.approx(quality.ssim(shifted[1:2], noisy[1:2]))
 
 
 def test_psnr_of_a_known_error():
@@ -144,6 +160,35 @@ def test_obedience_is_what_the_reader_sees(pipe, monkeypatch):
     assert result.table["all"] == result.table["count"] == Tally(3, 4)
 
 
+def test_a_block_without_gates_has_no_effect_and_all_others_have_one(pipe, monkeypatch):
+    transformer = copy.deepcopy(pipe.transformer)
+    close_gates(transformer.single_transformer_blocks[1])
+    monkeypatch.setattr(pipe, "transformer", transformer)
+    latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+    effects = behaviour.block_effects(pipe, ["red cube", "cone"], latents, guidance=3.5)
+    assert list(effects) == ["double 00", "double 01", "single 00", "single 01", "single 02"]
+    assert effects.pop("single 01") == [0.0] * len(behaviour.SIGMAS)
+    assert all(0 < value < 10 for each in effects.values() for value in each)
+    # Afterwards nothing is taken out any more.
+    assert behaviour.block_effects(pipe, ["red cube", "cone"], latents, guidance=3.5)["double 00"] == effects["double 00"]
+
+
+def test_conflict_counts_whose_facts_the_pictures_show(monkeypatch):
+    scenes = evaluate.sample_scenes(3)
+    stated = [captions.Caption("", captions.everything(scene)) for scene in scenes]
+    following = [each.stated for each in [*stated[1:], stated[0]]]
+    monkeypatch.setattr(behaviour, "read_attributes", lambda reader, images: following)
+    found = behaviour.conflict(lambda prompts, prompts_2: np.zeros((3, 8, 8, 3), np.uint8), None, stated)
+    assert (found["right"]["prompt_2"], found["wins"], found["ties"]) == (1.0, {"prompt": 0, "prompt_2": 3}, 0)
+    assert found["right"]["prompt"] < 1
+
+
+def test_pictures_that_are_equal_have_no_diversity():
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, 4, 4, 3), dtype=np.uint8).repeat(3, axis=1)
+    assert behaviour.diversity(images) == 0
+    assert behaviour.diversity(np.stack([images[0], 0 * images[0]], axis=1)) > 10
+
+
 # ---- the command, its report and the model card -------------------------------------------------------------------------
 
 
@@ -156,7 +201,13 @@ def write_run(folder, steps=(1.0, 2.0, 1.5), batch_size=4):
 
 
 @pytest.fixture(scope="module")
-def evaluated(model, tmp_path_factory):
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield monkeypatch
+
+
+@pytest.fixture(scope="module")
+def evaluated(model, tmp_path_factory, monkeypatch_module):
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "reader").mkdir()
     reader.save_reader(reader.Reader(), folder / "reader")
@@ -166,7 +217,10 @@ def evaluated(model, tmp_path_factory):
     (folder / "runs" / "scenes" / "settings.json").write_text(json.dumps({"count": 32000, "seed": 7, "captions": 8}))
     (folder / "runs" / "guided" / "transformer").mkdir()
     (folder / "runs" / "guided" / "transformer" / "config.json").write_text((model / "transformer" / "config.json").read_text())
-    sizes = ["--prompts", "3", "--scenes", "2", "--steps", "1", "--batch", "2", "--true-cfg", "2", "--device", "cpu"]
+    for name, small in {"GUIDANCES": (1.0, 4.0), "STEPS": (1, 2), "SIGMAS": (1.0, 0.5)}.items():
+        monkeypatch_module.setattr(evaluate.behaviour, name, small)
+    monkeypatch_module.setattr(evaluate, "BLOCK_PICTURES", 2)
+    sizes = ["--prompts", "3", "--scenes", "2", "--steps", "1", "--batch", "2", "--behaviour", "2", "--true-cfg", "2", "--device", "cpu"]
     folders = ["--model", str(model), "--reader", str(folder / "reader"), "--out", str(folder / "out"), "--runs", str(folder / "runs")]
     evaluate.main([*sizes, *folders, "--card", str(folder / "README.md"), "--trained-on", "two cores"])
     return folder
@@ -185,10 +239,15 @@ def test_the_command_writes_its_report(evaluated):
         "| relation",
         "PSNR inside the objects",
         "3 prompts (held-out combinations), 1 steps, guidance 3.5, true CFG 2",
+        "for 5 of 5 blocks",
+        "| guidance | facts right | diversity |",
+        "`prompt_2` has more in",
     ):
         assert word in text
     with Image.open(evaluated / "out" / "samples.png") as sheet:
         assert sheet.format == "PNG"
+    with Image.open(evaluated / "out" / "blocks.png") as bars:
+        assert bars.format == "PNG"
     assert not list(evaluated.rglob("*.part"))
 
 

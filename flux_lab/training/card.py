@@ -68,7 +68,8 @@ class Stage(NamedTuple):
 
 
 def flow_options(run: str) -> str:
-    return f"--out runs/{run} --steps {{steps}} --batch {{batch_size}} --rate {{learning_rate:g}} --decay {{decay:g}} --ema {{ema:g}}"
+    rates = "--rate {learning_rate:g} --muon {muon:g} --decay {decay:g} --ema {ema:g}"
+    return f"--out runs/{run} --steps {{steps}} --batch {{batch_size}} {rates}"
 
 
 STAGES = (
@@ -108,7 +109,7 @@ def stage_rows(runs: Path) -> tuple[list[tuple[str, ...]], list[str]]:
             "layers": "{} {}".format(*layers),
         }
         if run:
-            words |= run.settings | {"steps": run.steps}
+            words |= {"muon": 0.0} | run.settings | {"steps": run.steps}
             loss = f"{run.first_loss:.3g} to {run.last_loss:.3g}"
             counts = (f"{run.steps:,}", str(run.settings["batch_size"]), f"{run.samples:,}", duration(run.seconds))
             rows.append((stage.title.format(**words), *counts, loss))

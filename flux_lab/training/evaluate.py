@@ -4,7 +4,8 @@
 
 The prompts are captions of scenes whose combinations never occur in training. The attribute reader says what each generated picture
 shows, and only what its prompt states is scored. The same run reports what the reader and the autoencoder do on rendered scenes: a
-number above the reader's own accuracy cannot be measured. Writes `report.json`, `report.md` and `samples.png`, with --card a model card.
+number above the reader's own accuracy cannot be measured. With --behaviour it also takes out every block and turns the knobs (minutes).
+Writes `report.json`, `report.md` and `samples.png`, with --card a model card.
 """
 
 import argparse
@@ -22,17 +23,19 @@ from tqdm import tqdm
 
 from flux_lab import shapes
 from flux_lab.pipeline import FluxPipeline
+from flux_lab.training import behaviour
 from flux_lab.training.captions import Caption, captions, everything
 from flux_lab.training.card import write_card
 from flux_lab.training.obedience import score
 from flux_lab.training.quality import reconstruct, vae_quality
 from flux_lab.training.reader import Reader, load_reader, read_attributes
-from flux_lab.training.report import Tally, draw_samples, to_markdown, write_json, write_text
+from flux_lab.training.report import Tally, draw_block_effects, draw_samples, to_markdown, write_json, write_text
 from flux_lab.training.scenes import Settings, draw, render
 from flux_lab.training.world import Scene
 
 # In the order of the report. "all" is right when everything that the prompt states is.
 ORDER = ("count", "color", "shape", "size", "material", "relation", "floor", "all")
+BLOCK_PICTURES = 8  # on which blocks are taken out
 UNSEEN = 2**20  # no shard of a folder of scenes has this number, so no scene of a folder is drawn again
 
 
@@ -142,7 +145,28 @@ def evaluate(pipe: FluxPipeline, reader: Reader, options: argparse.Namespace) ->
         },
         "vae": vae_quality(rendered, decoded, latents, scenes),
     }
+    if options.behaviour:
+        report["behaviour"] = behaviour_of(pipe, reader, stated[: options.behaviour], options)
     return report, stated, obedience
+
+
+def behaviour_of(pipe: FluxPipeline, reader: Reader, stated: Sequence[Caption], options: argparse.Namespace) -> dict[str, Any]:
+    """What taking out blocks, guidance, steps and a second prompt change, on few prompts."""
+    usual = {"num_inference_steps": options.steps, "guidance_scale": options.guidance, "seed": options.seed, "batch_size": options.batch}
+
+    def draw(prompts: Sequence[str], prompts_2: Sequence[str] | None = None, **changed: Any) -> np.ndarray:
+        return generate(pipe, prompts, prompts_2, **usual | changed)
+
+    some = sample_scenes(BLOCK_PICTURES, options.seed + 2, options.which)
+    latents = reconstruct(pipe.vae, render(some, pipe.vae.config.sample_size))[1].to(pipe.device)
+    texts = [each.text for each in sample_captions(some, options.seed + 2)]
+    return {
+        "prompts": len(stated),
+        "blocks": behaviour.block_effects(pipe, texts, latents, options.guidance),
+        "guidance": behaviour.guidance_sweep(draw, reader, stated),
+        "steps": behaviour.step_sweep(draw, reader, stated),
+        "conflict": behaviour.conflict(draw, reader, stated),
+    }
 
 
 def as_dicts(table: dict[str, Tally]) -> dict[str, dict]:
@@ -161,6 +185,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--true-cfg", type=float, default=1.0, help="above 1: a second pass with the empty prompt")
     parser.add_argument("--batch", type=int, default=25, help="pictures at once")
+    parser.add_argument("--behaviour", type=int, default=0, metavar="PROMPTS", help="also take out blocks, vary guidance, steps, prompt_2")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--card", type=Path, help="also write the model card to this file")
@@ -182,6 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(options.out / "report.json", report)
     write_text(options.out / "report.md", "# Evaluation\n\n" + to_markdown(report))
     draw_samples(options.out / "samples.png", obedience.images, [each.text for each in stated], obedience.scores)
+    if "behaviour" in report:
+        draw_block_effects(options.out / "blocks.png", report["behaviour"]["blocks"], behaviour.SIGMAS)
     print(to_markdown(report))
     if options.card:
         write_card(options.card, options.model, report, options.runs, options.trained_on)

@@ -137,9 +137,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--decay", type=float, default=0.3, help="share of the steps over which the rate falls to zero")
-    parser.add_argument(
-        "--muon", type=float, default=3.0, help="Muon's rate for the blocks' matrices, in multiples of --rate; 0: AdamW"
-    )
+    parser.add_argument("--muon", type=float, default=3.0, help="Muon's rate for the blocks' matrices, in multiples of --rate; 0: AdamW")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")

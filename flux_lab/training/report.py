@@ -4,7 +4,7 @@ import json
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 
 Z = 1.959964  # of the normal distribution, for 95 %
 COLUMNS = 8
-WRONG, RIGHT = "#b3261e", "#1b1b1b"
+SMALLEST_EFFECT = 0.01  # of the velocity's norm: below it a block hardly matters
+WRONG, RIGHT, BAR = "#b3261e", "#1b1b1b", "#9ecae9"
 
 
 class Tally(NamedTuple):
@@ -93,14 +94,47 @@ def vae_section(report: dict[str, Any]) -> str:
     rows = [
         ("PSNR", f"{vae['psnr']:.2f} dB"),
         ("PSNR inside the objects", f"{vae['psnr_inside_objects']:.2f} dB"),
+        ("SSIM", f"{vae['ssim']:.4f}"),
         ("mean of the scaled latents", f"{vae['latent_mean']:+.3f}"),
         ("their standard deviation", f"{vae['latent_std']:.3f}"),
     ]
     return f"{vae['pictures']} unseen scenes, encoded and decoded.\n\n" + table(("autoencoder", "mean"), rows)
 
 
+def behaviour_section(report: dict[str, Any]) -> str:
+    """The weakest blocks, then what each knob does."""
+    found = report["behaviour"]
+    strongest = {name: max(effects) for name, effects in found["blocks"].items()}
+    idle = [name for name, effect in strongest.items() if effect < SMALLEST_EFFECT]
+    weakest = sorted(strongest, key=strongest.__getitem__)[:5]
+    blocks = (
+        f"Taking out one block changes the velocity by at least {percent(SMALLEST_EFFECT)} of its norm at some noise level "
+        f"for {len(strongest) - len(idle)} of {len(strongest)} blocks."
+    )
+    both = found["conflict"]
+    parts = [
+        blocks,
+        table(("weakest blocks", "largest change"), [(name, percent(strongest[name])) for name in weakest]),
+        f"Stated facts that are right, over {found['prompts']} prompts, while one knob is turned; diversity is the standard deviation\n"
+        "of a colour value, of 255, over four seeds of one prompt.",
+        table(
+            ("guidance", "facts right", "diversity"),
+            [(scale, percent(each["right"]), f"{each['diversity']:.1f}") for scale, each in found["guidance"].items()],
+        ),
+        table(("steps", "facts right"), [(steps, percent(right)) for steps, right in found["steps"].items()]),
+        f"When `prompt` (CLIP) and `prompt_2` (T5) say different scenes, {percent(both['right']['prompt'])} of the facts of `prompt` and\n"
+        f"{percent(both['right']['prompt_2'])} of those of `prompt_2` are right; `prompt_2` has more in {both['wins']['prompt_2']} of "
+        f"{both['pictures']} pictures,\n`prompt` in {both['wins']['prompt']}.",
+    ]
+    return "\n\n".join(parts)
+
+
 # A section of the report and how it is written; those that a report does not have are left out.
-SECTIONS = {"obedience": ("Obedience", obedience_section), "vae": ("Autoencoder", vae_section)}
+SECTIONS = {
+    "obedience": ("Obedience", obedience_section),
+    "vae": ("Autoencoder", vae_section),
+    "behaviour": ("Blocks and knobs", behaviour_section),
+}
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -129,6 +163,26 @@ def draw_samples(
             axes.set_title(textwrap.fill(prompts[place], 30), fontsize=6, parse_math=False)
             verdict = textwrap.fill("not right: " + ", ".join(wrong), 30) if wrong else "all right"
             axes.set_xlabel(verdict, fontsize=6, color=WRONG if wrong else RIGHT)
+    part = Path(path).with_suffix(".part")
+    figure.savefig(part, format="png", dpi=90)
+    os.replace(part, path)
+
+
+def draw_block_effects(path: Path, effects: Mapping[str, Sequence[float]], sigmas: Sequence[float]) -> None:
+    """A bar for every block, on a logarithmic scale: the largest change of the velocity, and a dash for that at each noise level."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(effects)), [max(each) for each in effects.values()], color=BAR, label="largest")
+    for index, sigma in enumerate(sigmas):
+        shade = str(0.75 * index / (len(sigmas) - 1))
+        axes.plot([each[index] for each in effects.values()], "_", color=shade, label=f"σ = {sigma:g}")
+    axes.axhline(SMALLEST_EFFECT, color=WRONG, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xticks(range(0, len(effects), 3), list(effects)[::3], rotation=90, fontsize=7)
+    axes.set(xlabel="block taken out", ylabel="change of the velocity, relative to its norm", xlim=(-1, len(effects)))
+    axes.legend(fontsize=7, ncols=len(sigmas) + 1)
     part = Path(path).with_suffix(".part")
     figure.savefig(part, format="png", dpi=90)
     os.replace(part, path)
