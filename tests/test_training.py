@@ -4,6 +4,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -104,6 +107,19 @@ def test_every_stage_writes_what_loads(trained):
         "guided": (2, 3),
     }
     assert all(config.guidance_embeds for config in depths.values())
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_encoding(trained, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "flux_lab.training.vae"]
+    options = ["--scenes", str(trained / "scenes"), "--out", str(tmp_path), "--steps", "2", "--batch", "4", "--encode", "5"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *options], check=True, capture_output=True, timeout=300, env=environment)
+    autoencoder = load_autoencoder(tmp_path / "vae")
+    pictures = vae.to_tensor(np.array(scenes.read_images(trained / "scenes")[:5]))
+    with torch.no_grad():
+        expected = (autoencoder.encode(pictures).mode() - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
+    torch.testing.assert_close(load_file(tmp_path / "latents.safetensors")["latents"].float(), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_latents_are_the_exported_encoders_scaled_to_mean_0_and_deviation_1(trained):

@@ -27,7 +27,7 @@ from flux_lab.latents import PATCH, pack_latents, prepare_latent_image_ids
 from flux_lab.scheduler import calculate_shift
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.t5_tokenizer import T5Tokenizer
-from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.texts import caption_ids
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -159,6 +159,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
 
 def export(out: Path, transformer: FluxTransformer2DModel) -> None:
     """Write the trained (averaged) transformer of a run to `out/transformer`."""
+    if not is_main_process():
+        return
     exported = FluxTransformer2DModel(transformer.config)
     exported.load_state_dict(load_trained(out, "transformer"))
     save_model(exported, out / "transformer")

@@ -95,6 +95,7 @@ def train(
             log(step, results)
             if is_main and ((step + 1) % settings.save_every == 0 or step + 1 == settings.steps):
                 _save(out, settings, step + 1, parameters, average, optimizers)
+    accelerator.wait_for_everyone()  # the checkpoint is there for all
     return average or {name: parameter.detach() for name, parameter in parameters.items()}
 
 
@@ -140,6 +141,13 @@ def _check_settings(out: Path, before: dict, now: dict) -> None:
     for name, value in before.items():
         if name not in ("steps", "save_every") and now[name] != value:
             raise ValueError(f"{out}: holds a run with {name}={value}, asked for {now[name]}; use another folder or remove this one")
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes files: one of all that torchrun started, or the only one."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def load_trained(out: Path, part: str = "") -> dict[str, Tensor]:

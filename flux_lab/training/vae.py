@@ -9,12 +9,15 @@ Writes `vae/` (a diffusers folder) and `latents.safetensors` (posterior means of
 
 import argparse
 import dataclasses
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import gather
 from einops import rearrange
 from jaxtyping import Float
 from safetensors.torch import save_file
@@ -25,7 +28,7 @@ from flux_lab import shapes
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import save_model
 from flux_lab.config import MINI_VAE, AutoencoderKLConfig
-from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.scenes import read_images
 
 CROP = 64
@@ -80,14 +83,17 @@ def to_tensor(images: np.ndarray) -> Float[Tensor, "batch 3 height width"]:
 
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> Float[Tensor, "scenes channels rows columns"]:
-    """The posterior means of all pictures, unscaled, float16."""
-    device = next(vae.parameters()).device
+    """The posterior means of all pictures, unscaled, float16. Processes started together take a share each, and all get the whole."""
+    device, processes = next(vae.parameters()).device, PartialState()
+    share = math.ceil(len(images) / processes.num_processes)
+    # Equal shares, for they are gathered: the last process may see the last picture more than once.
+    mine = [min(processes.process_index * share + i, len(images) - 1) for i in range(share)]
     with shapes.checks(enabled=False):
         means = [
-            vae.encode(to_tensor(images[i : i + batch]).to(device)).mode().half().cpu()
-            for i in tqdm(range(0, len(images), batch), mininterval=5)
+            vae.encode(to_tensor(images[mine[i : i + batch]]).to(device)).mode().half()
+            for i in tqdm(range(0, share, batch), mininterval=5, disable=not is_main_process())
         ]
-    return torch.cat(means)
+    return gather(torch.cat(means).contiguous())[: len(images)].cpu()
 
 
 def measured_scaling(config: AutoencoderKLConfig, latents: Tensor) -> AutoencoderKLConfig:
@@ -102,7 +108,8 @@ def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> Autoen
     vae.load_state_dict(load_trained(out, "vae"))
     latents = encode_all(vae.to("cuda" if torch.cuda.is_available() else "cpu"), images)
     vae.config = measured_scaling(config, latents)
-
+    if not is_main_process():
+        return vae.config
     save_model(vae.cpu(), out / "vae")
     scaled = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
     temporary = out / "latents.safetensors.part"
