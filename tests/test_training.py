@@ -20,11 +20,11 @@ from flux_lab import shapes
 from flux_lab.checkpoints import load_autoencoder, load_clip, load_t5, load_transformer
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import FLUX_DEV_SCHEDULER, TINY, TINY_CLIP, TINY_T5, TINY_VAE
-from flux_lab.latents import pack_latents
+from flux_lab.latents import pack_latents, prepare_latent_image_ids
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.t5_tokenizer import T5Tokenizer
-from flux_lab.training import clip, flow, grow, guidance, scenes, t5, texts, tokenizers, vae
+from flux_lab.training import clip, flow, grow, guidance, scenes, schnell, t5, texts, tokenizers, vae
 from flux_lab.training.loop import Settings
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -82,13 +82,14 @@ def trained(runs):
     grow.main(["--initial", str(runs / "flow" / "transformer"), "--out", str(runs / "grown"), "--layers", "2", "3"])
     students = ["--initial", str(runs / "grown" / "transformer"), "--teacher", str(runs / "flow" / "transformer")]
     guidance.main([*read, "--out", str(runs / "guided"), *few, *students])
+    schnell.main([*read, "--out", str(runs / "schnell"), *few, "--teacher", str(runs / "guided" / "transformer")])
     return runs
 
 
 # ---- what the commands leave -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["vae", "t5", "clip", "flow", "guided"])
+@pytest.mark.parametrize("stage", ["vae", "t5", "clip", "flow", "guided", "schnell"])
 def test_every_stage_logs_finite_losses(trained, stage):
     lines = log_of(trained / stage)
     assert [line["step"] for line in lines] == [0, 1]
@@ -107,6 +108,7 @@ def test_every_stage_writes_what_loads(trained):
         "guided": (2, 3),
     }
     assert all(config.guidance_embeds for config in depths.values())
+    assert not load_transformer(trained / "schnell" / "transformer").config.guidance_embeds
 
 
 @pytest.mark.slow
@@ -517,3 +519,72 @@ def test_a_quarter_has_strength_one_and_the_rest_every_strength(runs, numbered):
     assert guidance.STRONGEST - 0.2 < others.max() <= guidance.STRONGEST
     assert torch.equal(batch["no_t5"], numbered.no_t5.expand(400, 32))
     assert torch.equal(batch["no_clip"], numbered.no_clip.expand(400, 77))
+
+
+# ---- step distillation --------------------------------------------------------------------------------------------------
+
+
+def step_batch():
+    return flow_batch() | {"level": torch.tensor([0, 1, 3])}
+
+
+def steps_of(batch):
+    return {name: batch[name] for name in ("noise", "level", "clip_ids", "t5_ids")}
+
+
+@pytest.fixture
+def teacher(shallow):
+    return copy.deepcopy(shallow)
+
+
+def test_guidance_folded_into_a_bias_changes_nothing(teacher):
+    batch, student = step_batch(), schnell.without_guidance(teacher, schnell.GUIDANCE)
+    assert not any("guidance" in name for name, _ in student.named_parameters())
+    text, ids = encoders()(batch["clip_ids"], batch["t5_ids"]), img_ids_of(batch)
+    x = pack_latents(batch["noise"])
+    given = (x, torch.tensor([0.2, 0.5, 0.8]), text, ids)
+    torch.testing.assert_close(schnell.velocity(student, *given), schnell.velocity(teacher, *given))
+    other = schnell.without_guidance(teacher, 5.0)
+    assert (schnell.velocity(other, *given) - schnell.velocity(teacher, *given)).abs().max() > 1e-4
+
+
+def img_ids_of(batch):
+    return prepare_latent_image_ids(batch["noise"].shape[2] // 2, batch["noise"].shape[3] // 2)
+
+
+def test_one_step_of_the_student_is_to_arrive_where_the_teacher_does(teacher):
+    batch, text_encoders = step_batch(), encoders()
+    task = schnell.StepLoss(schnell.without_guidance(teacher, 3.5), teacher, text_encoders)
+    assert task.sigmas == [1.0, 0.75, 0.5, 0.25, 0.0]
+    text, ids = text_encoders(batch["clip_ids"], batch["t5_ids"]), img_ids_of(batch)
+    losses = []
+    for row, level in enumerate(batch["level"].tolist()):
+        own = tuple(each[row : row + 1] for each in text)
+        x = pack_latents(batch["noise"])[row : row + 1]
+        for index in range(level):  # the student's own way down
+            sigma = torch.tensor([task.sigmas[index]])
+            x = x - 0.25 * schnell.velocity(task.transformer, x, sigma, own, ids)
+        end = x
+        for index in range(schnell.SUBSTEPS):
+            sigma = torch.tensor([task.sigmas[level] - 0.25 * index / schnell.SUBSTEPS])
+            end = end - 0.25 / schnell.SUBSTEPS * schnell.velocity(teacher, end, sigma, own, ids)
+        arrived = x - 0.25 * schnell.velocity(task.transformer, x, torch.tensor([task.sigmas[level]]), own, ids)
+        losses.append(((arrived - end) / 0.25).square().mean())
+    noise = batch["noise"].clone()
+    loss = task(**steps_of(batch))["loss"]
+    assert loss > 0
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert torch.equal(batch["noise"], noise)
+
+
+def test_only_the_four_step_student_learns(teacher):
+    task = schnell.StepLoss(schnell.without_guidance(teacher, 3.5).requires_grad_(True), teacher, encoders())
+    task(**steps_of(step_batch()))["loss"].backward()
+    assert {name.partition(".")[0] for name, parameter in task.named_parameters() if parameter.grad is not None} == {"transformer"}
+
+
+def test_all_four_levels_are_drawn(runs, numbered):
+    batches = schnell.StepBatches(runs / "scenes", runs / "tokenizers", runs / "numbers.safetensors", batch_size=400)
+    batch = batches(0, generator())
+    assert set(batch) == {"noise", "level", "clip_ids", "t5_ids"}
+    assert torch.bincount(batch["level"], minlength=schnell.STEPS).min() > 60

@@ -86,6 +86,7 @@ STAGES = (
         "guidance distillation, {blocks}",
         f"guidance {flow_options('guided')} --initial runs/{{before}}/transformer --teacher runs/flow/transformer",
     ),
+    Stage("schnell", "step distillation, {blocks}", f"schnell {flow_options('schnell')} --teacher runs/{{before}}/transformer"),
 )
 
 

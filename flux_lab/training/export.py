@@ -20,7 +20,7 @@ import torch
 
 from flux_lab import shapes
 from flux_lab.checkpoints import load_autoencoder, load_clip, load_t5, load_transformer, write_pipeline
-from flux_lab.config import FLUX_DEV_SCHEDULER
+from flux_lab.config import FLUX_DEV_SCHEDULER, FLUX_SCHNELL_SCHEDULER
 from flux_lab.latents import PATCH
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
@@ -54,7 +54,9 @@ def export(
     check_fit(models)
     check_finite(models)
     copied = {name: Path(tokenizers) / name for name in ("tokenizer", "tokenizer_2")}
-    write_pipeline(out, models=models, scheduler=FlowMatchEulerDiscreteScheduler(FLUX_DEV_SCHEDULER), tokenizers=copied)
+    # As upstream: dev, which has a guidance embedding, shifts its noise levels with the picture's size; schnell does not.
+    schedule = FLUX_DEV_SCHEDULER if models["transformer"].config.guidance_embeds else FLUX_SCHNELL_SCHEDULER
+    write_pipeline(out, models=models, scheduler=FlowMatchEulerDiscreteScheduler(schedule), tokenizers=copied)
     pipe = FluxPipeline.from_pretrained(out)
     check_picture(pipe)
     write_checksums(out)

@@ -1,0 +1,137 @@
+"""Stage 6b: step distillation, for schnell.
+
+    python -m flux_lab.training.schnell --teacher runs/guided/transformer --out runs/schnell --steps 1000
+
+FLUX.1-schnell draws in four steps and has no guidance embedding. The student begins as the teacher, whose guidance is folded into a
+bias, and learns to do in one Euler step what the teacher does in several (progressive distillation: Salimans & Ho 2022,
+arXiv 2202.00512). It starts every step from where its own steps before have brought it, so it learns to correct its own errors (Ross
+et al. 2011, arXiv 1011.0686). Writes `transformer/` (a diffusers folder).
+"""
+
+import argparse
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from flux_lab.checkpoints import load_clip, load_t5, load_transformer
+from flux_lab.config import FLUX_SCHNELL_SCHEDULER
+from flux_lab.embeddings import get_timestep_embedding
+from flux_lab.latents import pack_latents, prepare_latent_image_ids
+from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, default_sigmas
+from flux_lab.training.flow import Encoders, FlowBatches, add_options, export, settings_of
+from flux_lab.training.loop import train
+from flux_lab.transformer import FluxTransformer2DModel
+
+STEPS = 4
+GUIDANCE = 3.5
+SUBSTEPS = 4  # of the teacher, for one of the student's
+
+
+@torch.no_grad()
+def without_guidance(teacher: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
+    """The same function at one guidance scale, without guidance embedding: what that adds becomes part of the time embedding's bias."""
+    student = FluxTransformer2DModel(dataclasses.replace(teacher.config, guidance_embeds=False))
+    weights = {name: tensor for name, tensor in copy.deepcopy(teacher.state_dict()).items() if "guidance_embedder" not in name}
+    strength = teacher.time_text_embed.guidance_embedder(get_timestep_embedding(torch.tensor([1000 * guidance])))
+    weights["time_text_embed.timestep_embedder.linear_2.bias"] += strength[0]
+    student.load_state_dict(weights)
+    return student
+
+
+def schnell_sigmas() -> Float[Tensor, "levels"]:
+    """1, 0.75, 0.5, 0.25, 0: the levels at which schnell stops."""
+    scheduler = FlowMatchEulerDiscreteScheduler(FLUX_SCHNELL_SCHEDULER)
+    scheduler.set_timesteps(sigmas=default_sigmas(STEPS))
+    return scheduler.sigmas
+
+
+class StepLoss(nn.Module):
+    """The student's velocity at one of its four levels against the way that the teacher goes from there to the next."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
+        super().__init__()
+        self.transformer, self.encoders = transformer, encoders
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.sigmas = schnell_sigmas().tolist()
+
+    def forward(
+        self, noise: Float[Tensor, "batch channels height width"], level: Int[Tensor, "batch"], clip_ids: Tensor, t5_ids: Tensor
+    ) -> dict[str, Tensor]:
+        text = self.encoders(clip_ids, t5_ids)
+        img_ids = prepare_latent_image_ids(noise.shape[2] // 2, noise.shape[3] // 2, device=noise.device)
+        start = self.reached(pack_latents(noise), level, text, img_ids)
+        here = torch.tensor(self.sigmas, device=noise.device)[level]
+        there = torch.tensor(self.sigmas, device=noise.device)[level + 1]
+        end = self.taught(start, here, there, text, img_ids)
+        target = (end - start) / (there - here)[:, None, None]
+        return {"loss": F.mse_loss(velocity(self.transformer, start, here, text, img_ids), target)}
+
+    @torch.no_grad()
+    def reached(self, x: Tensor, level: Tensor, text: tuple, img_ids: Tensor) -> Tensor:
+        """Where the student's own steps bring the noise: `level` of them."""
+        x = x.clone()
+        for index in range(int(level.max())):
+            goes = level > index
+            some = tuple(each[goes] for each in text)
+            sigma = torch.full_like(x[goes, 0, 0], self.sigmas[index])
+            change = self.sigmas[index + 1] - self.sigmas[index]
+            x[goes] += change * velocity(self.transformer, x[goes], sigma, some, img_ids)
+        return x
+
+    @torch.no_grad()
+    def taught(self, x: Tensor, here: Tensor, there: Tensor, text: tuple, img_ids: Tensor) -> Tensor:
+        """Where `SUBSTEPS` Euler steps of the teacher lead from `here` to `there`."""
+        change = (there - here) / SUBSTEPS
+        for index in range(SUBSTEPS):
+            x = x + change[:, None, None] * velocity(self.teacher, x, here + index * change, text, img_ids)
+        return x
+
+
+def velocity(model: FluxTransformer2DModel, x: Tensor, sigma: Tensor, text: tuple, img_ids: Tensor) -> Tensor:
+    """One call on packed latents; a model that takes a guidance scale is given the usual one."""
+    words, pooled = text
+    return model(
+        hidden_states=x,
+        encoder_hidden_states=words,
+        pooled_projections=pooled,
+        timestep=sigma,
+        img_ids=img_ids,
+        txt_ids=torch.zeros(words.shape[1], 3, device=x.device),
+        guidance=torch.full_like(sigma, GUIDANCE) if model.config.guidance_embeds else None,
+    )
+
+
+class StepBatches(FlowBatches):
+    """Noise, captions, and at which of its four levels the student is to learn. Pictures are not needed: the teacher has seen them."""
+
+    def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
+        batch = super().__call__(step, generator)
+        level = torch.randint(STEPS, (self.batch_size,), generator=generator)
+        return {name: batch[name] for name in ("noise", "clip_ids", "t5_ids")} | {"level": level}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/schnell"))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/guided/transformer"))
+    parser.add_argument("--rate", type=float, default=5e-4)
+    options = parser.parse_args(arguments)
+    torch.manual_seed(options.seed)
+    teacher = load_transformer(options.teacher).float()
+    if not teacher.config.guidance_embeds:
+        parser.error(f"--teacher {options.teacher}: expected a transformer with a guidance embedding")
+    student = without_guidance(teacher, GUIDANCE).requires_grad_(True)
+    encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
+    batches = StepBatches(options.scenes, options.tokenizers, options.latents, options.batch)
+    train(StepLoss(student, teacher, encoders), batches, options.out, settings_of(options))
+    export(options.out, student)
+
+
+if __name__ == "__main__":
+    main()
