@@ -14,7 +14,7 @@ from flux_lab import FluxPipeline
 from flux_lab.checkpoints import load_autoencoder, load_transformer, save_model
 from flux_lab.config import TINY_T5
 from flux_lab.t5 import T5EncoderModel
-from flux_lab.training import export
+from flux_lab.training import export, schnell
 
 FOLDERS = ["scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"]
 CALL = {"prompt": "a small dark castle by the sea", "num_inference_steps": 2}
@@ -44,10 +44,20 @@ def test_the_checksums_are_those_of_sha256sum(exported):
     assert len(checked.stdout.splitlines()) == 4
 
 
-def test_diffusers_loads_it_and_draws_the_same_picture(exported):
+@pytest.fixture(scope="module")
+def exported_schnell(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schnell")
+    save_model(schnell.without_guidance(load_transformer(parts["transformer"]), schnell.GUIDANCE), folder / "transformer")
+    export.export(**parts | {"transformer": folder / "transformer"}, out=folder / "mini")
+    return folder / "mini"
+
+
+@pytest.mark.parametrize(("folder", "shifts"), [("exported", True), ("exported_schnell", False)])
+def test_diffusers_loads_it_and_draws_the_same_picture(folder, shifts, request):
     pictures = []
     for pipeline in (FluxPipeline, ReferencePipeline):
-        pipe = pipeline.from_pretrained(exported)
+        pipe = pipeline.from_pretrained(request.getfixturevalue(folder))
+        assert pipe.scheduler.config.use_dynamic_shifting == pipe.transformer.config.guidance_embeds == shifts
         pipe.set_progress_bar_config(disable=True)
         call = CALL if pipeline is FluxPipeline else CALL | {"height": 128, "width": 128, "max_sequence_length": 32}
         pictures.append(np.asarray(pipe(**call, generator=torch.Generator().manual_seed(0)).images[0]).astype(int))
