@@ -6,7 +6,6 @@ A caption's pooled vector is to be closer to its own scene's picture than to all
 2.3). The image tower is small and thrown away afterwards. Writes `text_encoder/` (a transformers folder).
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -21,6 +20,7 @@ from flux_lab.checkpoints import save_model
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import MINI_CLIP, CLIPTextConfig
 from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.options import text_stage_options
 from flux_lab.training.scenes import read_images
 from flux_lab.training.texts import CaptionIds, caption_ids
 from flux_lab.training.vae import to_tensor
@@ -73,18 +73,9 @@ class Pairs:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"))
-    parser.add_argument("--tokenizers", type=Path, default=Path("runs/tokenizers"))
-    parser.add_argument("--out", type=Path, default=Path("runs/clip"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options, settings = text_stage_options(__doc__, arguments, out=Path("runs/clip"), steps=1500)
     ids = caption_ids(options.scenes, options.tokenizers)
     config = dataclasses.replace(MINI_CLIP, vocab_size=len(json.loads((options.tokenizers / "tokenizer" / "vocab.json").read_text())))
-    settings = Settings(steps=options.steps, batch_size=options.batch, learning_rate=options.rate, seed=options.seed)
     torch.manual_seed(options.seed)
     task = Contrast(config)
     pairs = Pairs(read_images(options.scenes), ids, settings)

@@ -7,7 +7,6 @@ say, with every attribute at the right object and the objects in the right relat
 Writes `text_encoder_2/` (a transformers folder).
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from flux_lab.checkpoints import save_model
 from flux_lab.config import MINI_T5, T5Config
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.options import text_stage_options
 from flux_lab.training.texts import CaptionIds, caption_ids
 
 PAD = 0
@@ -66,17 +66,8 @@ class Rewrites:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"))
-    parser.add_argument("--tokenizers", type=Path, default=Path("runs/tokenizers"))
-    parser.add_argument("--out", type=Path, default=Path("runs/t5"))
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options, settings = text_stage_options(__doc__, arguments, out=Path("runs/t5"), steps=2500)
     ids = caption_ids(options.scenes, options.tokenizers)
-    settings = Settings(steps=options.steps, batch_size=options.batch, learning_rate=options.rate, seed=options.seed)
     torch.manual_seed(options.seed)
     train(Rewriter(MINI_T5, ids.t5.shape[-1]), Rewrites(ids, settings), options.out, settings)
     trained = load_trained(options.out, "encoder")
