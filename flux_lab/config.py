@@ -219,7 +219,7 @@ FLUX_MINI = dataclasses.replace(
     FLUX_DEV, attention_head_dim=32, num_attention_heads=3, joint_attention_dim=128, pooled_projection_dim=64, axes_dims_rope=(4, 14, 14)
 )
 MINI_VAE = dataclasses.replace(FLUX_VAE, block_out_channels=(16, 32, 64, 64), norm_num_groups=8, sample_size=128)
-MINI_CLIP = CLIPTextConfig(vocab_size=1024, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+MINI_CLIP = CLIPTextConfig(vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
 MINI_T5 = T5Config(vocab_size=512, d_model=128, d_kv=32, d_ff=256, num_layers=4, num_heads=4)
 
 # For tests: as small as the anatomy allows, every size distinct.

@@ -81,26 +81,34 @@ def _axes_in(annotation: Any) -> list[type[AbstractArray]]:
 
 def _explain(function: Callable, what: str, value: Any, hint: Any, arguments: dict[str, Any], hints: dict[str, Any]) -> str:
     """One line: which function, which argument, the axes expected with the sizes already bound, the shape that came."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int | tuple[int, ...]] = {}
     for name, earlier in hints.items():
         if what == f"argument `{name}`":
             break
         sizes |= _bound_sizes(arguments.get(name), earlier)
-    between = ", " if typing.get_origin(hint) is tuple else " or "
-    expected = between.join(f"{axes.__name__.partition('[')[0].lower()} [{_with_sizes(axes, sizes)}]" for axes in _axes_in(hint))
-    return f"{function.__qualname__}: {what}: expected {expected}, got {_describe(value)}"
+    return f"{function.__qualname__}: {what}: expected {_expected(hint, sizes)}, got {_describe(value)}"
 
 
-def _with_sizes(axes: type[AbstractArray], sizes: dict[str, int]) -> str:
-    return " ".join(f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in axes.dim_str.split())
+def _expected(hint: Any, sizes: dict[str, int | tuple[int, ...]]) -> str:
+    """An annotation in words: `float [batch=2 tokens]`, tuples in parentheses, alternatives with "or"."""
+    if isinstance(hint, type) and issubclass(hint, AbstractArray):
+        axes = (f"{axis}={sizes[axis]}" if axis in sizes else axis for axis in hint.dim_str.split())
+        return f"{hint.__name__.partition('[')[0].lower()} [{' '.join(axes)}]"
+    inner = [_expected(each, sizes) for each in typing.get_args(hint) if _axes_in(each)]
+    return f"({', '.join(inner)})" if typing.get_origin(hint) is tuple else " or ".join(inner)
 
 
-def _bound_sizes(value: Any, hint: Any) -> dict[str, int]:
-    """Axis name -> size for one accepted tensor argument."""
+def _bound_sizes(value: Any, hint: Any) -> dict[str, int | tuple[int, ...]]:
+    """Axis name -> size for one accepted tensor argument; an axis such as `*shape` stands for all that the others leave over."""
     for axes in _axes_in(hint):
         names = axes.dim_str.split()
-        if isinstance(value, torch.Tensor) and value.ndim == len(names):
-            return {name: size for name, size in zip(names, value.shape, strict=True) if name.isidentifier() and name != "_"}
+        starred = [place for place, name in enumerate(names) if name.startswith("*")]
+        if isinstance(value, torch.Tensor) and (value.ndim == len(names) or starred):
+            sizes: list[int | tuple[int, ...]] = list(value.shape)
+            for place in starred:
+                many = slice(place, place + len(sizes) - len(names) + 1)
+                sizes[many] = [tuple(sizes[many])]
+            return {name: size for name, size in zip(names, sizes, strict=True) if name.lstrip("*").isidentifier() and name != "_"}
     return {}
 
 

@@ -5,37 +5,30 @@ import copy
 
 import pytest
 import torch
-from conftest import randomize_
-from test_pipeline import KINDS, write_random
 from test_transformer import make_inputs
+from tiny_parts import make_model, make_pipe
 from torch import nn
 
 from flux_lab.config import TINY
 from flux_lab.instruments.ablate import ablate
 from flux_lab.instruments.trace import trace
-from flux_lab.pipeline import FluxPipeline
-from flux_lab.transformer import FluxTransformer2DModel
 
 RUN = {"prompt": "a red cube", "height": 32, "width": 48, "max_sequence_length": 12, "num_inference_steps": 3, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")
 def model():
-    return randomize_(FluxTransformer2DModel(TINY))
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return make_pipe(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def inputs():
     return make_inputs(TINY)
-
-
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write_random(folder, *KINDS["dev"])
-    pipe = FluxPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def changed(model, change):

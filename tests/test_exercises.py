@@ -1,13 +1,17 @@
 """The checkers: the reference passes, every catalogued mistake is named however it is written, everything else is told apart."""
 
+import dataclasses
 import importlib
 import itertools
 import pkgutil
+from typing import NamedTuple
 
 import pytest
 import rewritten
+import torch
 
-from flux_lab.exercises import EXERCISES, Exercise, ExerciseError, check, judge
+from flux_lab import exercises
+from flux_lab.exercises import COURSE, EXERCISES, LESSONS, Exercise, ExerciseError, Misconception, check, judge
 from flux_lab.exercises.checking import Kind, same
 
 # Every mistake a second time, written in another way than in the catalogue: (exercise, mistake) -> answer, a file for each lesson.
@@ -25,6 +29,13 @@ def stub(*arguments):
     raise NotImplementedError
 
 
+def test_every_lesson_module_is_counted_once() -> None:
+    machinery = {"checking", "progress", "time_limit", "values"}
+    assert {module.name for module in pkgutil.iter_modules(exercises.__path__)} - machinery <= set(COURSE)
+    names = [exercise.name for lesson in LESSONS.values() for exercise in lesson]
+    assert len(names) == len(set(names)) == len(EXERCISES)
+
+
 @EACH
 def test_reference_passes(exercise: Exercise) -> None:
     verdict = judge(exercise, exercise.reference)
@@ -38,7 +49,7 @@ def test_there_are_three_mistakes_or_more_and_all_differ(exercise: Exercise) -> 
     cases = list(exercise.cases())
     answers = [exercise.reference, *(wrong.compute for wrong in exercise.misconceptions)]
     for first, second in itertools.combinations(answers, 2):
-        assert not all(same(first(**case), second(**case)) for case in cases)
+        assert not all(same(first(**case), second(**case), exercise.tolerance) for case in cases)
 
 
 @EACH_MISTAKE
@@ -72,6 +83,89 @@ def test_verdict_says_what_came(name: str, answer, kind: Kind, said: str) -> Non
     verdict = judge(EXERCISES[name], answer)
     assert verdict.kind is kind
     assert said in verdict.text
+
+
+# ---- answers of every kind, on an exercise made for it ------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    mean: torch.Tensor
+    counts: list[int]
+
+
+def pair(x: torch.Tensor, words: list[str]) -> Pair:
+    return Pair(x.mean(dim=0), [len(word) for word in words])
+
+
+SWAPPED = Misconception("swapped", lambda x, words: tuple(reversed(pair(x, words))), "the two results are swapped")
+PAIR = Exercise(
+    name="pair",
+    reference=pair,
+    cases=lambda: [{"x": torch.tensor([[1.0, 2.0], [3.0, float("nan")]]), "words": ["a", "red", "cube"]}],
+    misconceptions=(SWAPPED,),
+)
+
+
+def changing(x, words):
+    words.append("")
+    return pair(x, words[:-1])
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "said"),
+    [
+        (pair, Kind.RIGHT, "✓ pair: right in all 1 cases"),
+        (lambda x, words: (x.mean(0), list(map(len, words))), Kind.RIGHT, "✓"),
+        (lambda x, words: (list(map(len, words)), x.mean(0)), Kind.MISCONCEPTION, "the two results are swapped"),
+        (lambda x, words: list(pair(x, words)), Kind.WRONG_TYPE, "expected Pair(float32[2], [1, 3, 4]), got [float32[2], [1, 3, 4]]"),
+        (lambda x, words: pair(x, words)[:1], Kind.WRONG_SHAPE, "got tuple(float32[2]) for x=float32[2, 2], words=['a', 'red', 'cube']"),
+        (lambda x, words: pair(x.double(), words), Kind.WRONG_TYPE, "in its part `[0]`: expected float32[2], got float64[2]"),
+        (lambda x, words: pair(x[:, :1], words), Kind.WRONG_SHAPE, "in its part `[0]`: expected the shape [2], got [1]"),
+        (lambda x, words: pair(x, words[:2]), Kind.WRONG_SHAPE, "in its part `[1]`: expected [1, 3, 4], got [1, 3]"),
+        (lambda x, words: pair(x, [*words[:2], ""]), Kind.WRONG_VALUE, "in its part `[1]`: in its part `[2]`: expected 4, got 0"),
+        (lambda x, words: pair(x.nan_to_num(), words), Kind.WRONG_VALUE, "in its part `[0]`: 0 of 2 numbers are NaN"),
+        (lambda x, words: pair(x.nan_to_num_(), words), Kind.CHANGED_ITS_INPUT, "its input `x`"),
+        (changing, Kind.CHANGED_ITS_INPUT, "its input `words`"),
+        (lambda x, words: torch.empty(1, device="meta").item(), Kind.RAISED, "meta"),
+    ],
+)
+def test_verdict_on_a_structure(answer, kind: Kind, said: str) -> None:
+    verdict = judge(PAIR, answer)
+    assert verdict.kind is kind, verdict.text
+    assert said in verdict.text
+
+
+def test_own_tolerance() -> None:
+    def close(x, words):
+        mean, counts = pair(x, words)
+        return mean + 0.01, counts
+
+    assert judge(PAIR, close).kind is Kind.WRONG_VALUE
+    assert judge(dataclasses.replace(PAIR, tolerance=0.1), close).kind is Kind.RIGHT
+
+
+def test_drawing_from_a_generator_does_not_count_as_changing_it() -> None:
+    def draw(count, generator):
+        return torch.randn(count, generator=generator)
+
+    twice = Misconception("twice", lambda count, generator: 2 * torch.randn(count, generator=generator), "twice too large")
+    cases = [{"count": count, "generator": torch.Generator().manual_seed(count)} for count in (3, 5)]
+    exercise = Exercise("draw", draw, lambda: cases, (twice,))
+    assert judge(exercise, draw).kind is Kind.RIGHT
+    assert judge(exercise, lambda count, generator: torch.randn(count, generator=generator) * 2).kind is Kind.MISCONCEPTION
+
+
+def test_hanging_answer_is_stopped() -> None:
+    def hanging(x, words):
+        while True:
+            pass
+
+    verdict = judge(dataclasses.replace(PAIR, seconds=0.1), hanging)
+    assert verdict.kind is Kind.HANGING
+    assert "it had not finished after 0.1 seconds for x=float32[2, 2]" in verdict.text
+
+
+# ---- check --------------------------------------------------------------------------------------------------------------
 
 
 def test_check_prints_and_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

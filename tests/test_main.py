@@ -1,6 +1,7 @@
 """The command line: what it writes, that a seed is a picture, and that a mistake is one line and exit code 2."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from flux_lab.__main__ import Frame, film_strip, main, slug, strip_steps
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import FLUX_DEV_SCHEDULER, TINY, TINY_CLIP, TINY_T5, TINY_VAE
+from flux_lab.exercises import EXERCISES, LESSONS, check
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
 from flux_lab.t5 import T5EncoderModel
@@ -226,6 +228,8 @@ def test_strip_holds_the_pipelines_steps(draw: Callable, pipe: FluxPipeline, mon
         (["generate", PROMPT, "--out", "picture.jpg"], "--out"),
         (["generate", "--filmstrip", PROMPT], "put the prompt first"),
         (["parity", "--json"], "--json"),
+        (["progress"], "FLUX_LAB_PROGRESS: it is set to nothing"),
+        (["progress", "--json", "--reset"], "not allowed with argument --json"),
     ],
 )
 def test_mistake_is_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture) -> None:
@@ -272,6 +276,46 @@ def test_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(command_line, "run_doctor", interrupted)
     assert main(["doctor"]) == 130
     assert capsys.readouterr().err == "flux-lab: interrupted\n"
+
+
+# ---- progress -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def progress_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLUX_LAB_PROGRESS", str(tmp_path / "progress.json"))
+    return tmp_path / "progress.json"
+
+
+def test_progress_is_shown_shared_and_forgotten(progress_file: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["progress"]) == 0
+    assert f"kept in {progress_file}" in capsys.readouterr().out
+    assert not progress_file.exists()
+    check("image_tokens", EXERCISES["image_tokens"].reference)
+    capsys.readouterr()
+    assert main(["progress"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"00 welcome: 1 of {len(LESSONS['00_welcome'])}"
+    assert shown[-2] == f"1 of {len(EXERCISES)} exercises solved"
+    assert main(["progress", "--json"]) == 0
+    text = capsys.readouterr().out
+    shared = json.loads(text)
+    assert (shared["solved"], shared["exercises"], list(shared["lessons"])) == (1, len(EXERCISES), list(LESSONS))
+    assert str(progress_file.parent) not in text
+    assert main(["progress", "--reset"]) == 0
+    assert main(["progress", "--reset"]) == 0
+    assert capsys.readouterr().out == f"renamed to {progress_file}.old\nthere was no progress to forget\n"
+    assert [path.name for path in progress_file.parent.iterdir()] == ["progress.json.old"]
+
+
+@pytest.mark.filterwarnings("default")  # as in a terminal
+def test_broken_progress_is_one_line(progress_file: Path, capsys: pytest.CaptureFixture) -> None:
+    progress_file.write_text("{")
+    assert main(["progress"]) == 0
+    out, err = capsys.readouterr()
+    assert f"0 of {len(EXERCISES)} exercises solved" in out
+    assert err.startswith(f"flux-lab: {progress_file} is not a progress file")
+    assert err.count("\n") == 1
 
 
 # ---- starting -----------------------------------------------------------------------------------------------------------

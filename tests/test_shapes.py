@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 import flux_lab
@@ -48,13 +49,30 @@ def test_methods_are_named_with_their_class():
     with pytest.raises(ShapeError) as caught:
         Layer()(torch.zeros(2, 3))
     assert str(caught.value).startswith(
-        "Layer.forward: the result: expected float [batch=2], float [batch=2 *places], got tuple of (float32 [2, 3]"
+        "Layer.forward: the result: expected (float [batch=2], float [batch=2 *places=(3,)]), got tuple of (float32 [2, 3]"
     )
 
 
 def test_right_tensors_pass():
     assert join(torch.zeros(2, 3), torch.zeros(2, 3)).shape == (2, 6)
     assert join(left=torch.zeros(2, 3), right=None).shape == (2, 6)
+
+
+@shaped
+def turn(x: Float[Tensor, "*shape width"], by: tuple[Float[Tensor, "width"], Float[Tensor, "width"]] | Complex[Tensor, "half"]):
+    return x
+
+
+@shaped
+def blend(first: Float[Tensor, "*shape"], second: Float[Tensor, "*shape"]):
+    return first
+
+
+def test_a_message_tells_tuples_from_alternatives_and_names_the_axes_of_a_star():
+    with pytest.raises(ShapeError, match=re.escape("expected (float [width=4], float [width=4]) or complex [half], got float32 [4]")):
+        turn(torch.zeros(2, 3, 4), torch.zeros(4))
+    with pytest.raises(ShapeError, match=re.escape("expected float [*shape=(2, 3)], got float32 [2, 4]")):
+        blend(torch.zeros(2, 3), torch.zeros(2, 4))
 
 
 def test_the_switch_holds_inside_its_block_only():

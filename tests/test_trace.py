@@ -7,15 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomize_
-from test_pipeline import KINDS, write_random
 from test_transformer import make_inputs
+from tiny_parts import make_model, make_pipe
 
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import TINY, TINY_CLIP, TINY_VAE
 from flux_lab.instruments.seams import matcher, place
 from flux_lab.instruments.trace import TraceLimitError, trace
-from flux_lab.pipeline import FluxPipeline
 from flux_lab.transformer import FluxTransformer2DModel
 
 BATCH, LENGTH, TOKENS, HEADS, HEAD_DIM, DIM = 2, 7, 15, 2, 16, 32
@@ -24,16 +23,12 @@ RUN = {"prompt": "a red cube", "height": 48, "width": 80, "max_sequence_length":
 
 @pytest.fixture(scope="module")
 def model():
-    return randomize_(FluxTransformer2DModel(TINY))
+    return make_model()
 
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write_random(folder, *KINDS["dev"])
-    pipe = FluxPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return make_pipe(tmp_path_factory.mktemp("tiny"))
 
 
 def seeded():

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-# How far two right answers may differ: they may add the same numbers in another order.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+from flux_lab.exercises.time_limit import HangingError, call
+from flux_lab.exercises.values import TENSOR_LIKE, as_tensor, describe, difference, kind_of, parts_of, same
 
 
 class Kind(enum.Enum):
@@ -19,6 +19,7 @@ class Kind(enum.Enum):
     RIGHT = "right"
     MISSING = "missing"
     RAISED = "raised"
+    HANGING = "hanging"
     MISCONCEPTION = "misconception"
     WRONG_TYPE = "wrong type"
     WRONG_SHAPE = "wrong shape"
@@ -50,80 +51,90 @@ class Exercise:
     """What to compute and how to recognise wrong ideas. `cases()` gives the arguments of several calls, the same at every run.
 
     A misconception is recognised when an answer agrees with it in every case, so the cases must tell all of them apart.
+    An answer may take `seconds` for each case. `tolerance`, relative and absolute, replaces the one of each dtype (`values.TOLERANCE`).
     """
 
     name: str
     reference: Callable
     cases: Callable[[], Iterable[dict[str, Any]]]
     misconceptions: tuple[Misconception, ...]
+    tolerance: float | None = None
+    seconds: float = 20.0
 
 
 def judge(exercise: Exercise, answer: Any) -> Verdict:
     """The verdict on a learner's function."""
     if not callable(answer):
-        return Verdict(Kind.WRONG_TYPE, f"✗ {exercise.name}: expected a function, got {_describe(answer)}")
+        return _wrong(exercise, Kind.WRONG_TYPE, f"expected a function, got {describe(answer)}")
     cases, results = list(exercise.cases()), []
     for case in cases:
         given = copy.deepcopy(case)
         try:
-            results.append(answer(*given.values()))
-        except NotImplementedError:
-            return Verdict(Kind.MISSING, f"… {exercise.name}: not attempted yet")
+            results.append(call(answer, given.values(), exercise.seconds))
+        except HangingError:
+            text = f"it was stopped: it had not finished after {exercise.seconds:g} seconds {_for(case)}. Is there a loop without an end?"
+            return _wrong(exercise, Kind.HANGING, text)
         except Exception as error:
-            return Verdict(Kind.RAISED, f"✗ {exercise.name}: it raised {type(error).__name__}: {error} {_for(case)}")
+            # Only a stub raises it without a message; torch says which operation is not implemented.
+            if isinstance(error, NotImplementedError) and not str(error):
+                return Verdict(Kind.MISSING, f"… {exercise.name}: not attempted yet")
+            return _wrong(exercise, Kind.RAISED, f"it raised {type(error).__name__}: {error} {_for(case)}")
         if results[-1] is None:
-            return Verdict(Kind.WRONG_TYPE, f"✗ {exercise.name}: it returned None. Is there a `return`?")
-        if changed := [name for name in case if not same(given[name], case[name])]:
+            return _wrong(exercise, Kind.WRONG_TYPE, "it returned None. Is there a `return`?")
+        if changed := [name for name in case if not _unchanged(given[name], case[name])]:
             text = f"it changed its input `{changed[0]}`. Compute a new value; `+=` and methods that end in `_` write into the old one"
-            return Verdict(Kind.CHANGED_ITS_INPUT, f"✗ {exercise.name}: {text}")
+            return _wrong(exercise, Kind.CHANGED_ITS_INPUT, text)
     return _compare(exercise, cases, results)
 
 
 def _compare(exercise: Exercise, cases: list[dict[str, Any]], results: list[Any]) -> Verdict:
     """The verdict on what an answer returned in each case."""
-    for wrong in exercise.misconceptions:
-        if all(same(result, wrong.compute(**case)) for result, case in zip(results, cases, strict=True)):
-            return Verdict(Kind.MISCONCEPTION, f"✗ {exercise.name}: {wrong.says}")
+    for mistake in exercise.misconceptions:
+        wrong = (mistake.compute(**copy.deepcopy(case)) for case in cases)
+        if all(same(result, value, exercise.tolerance) for result, value in zip(results, wrong, strict=True)):
+            return _wrong(exercise, Kind.MISCONCEPTION, mistake.says)
     for result, case in zip(results, cases, strict=True):
-        right = exercise.reference(**case)
-        if type(result) is not type(right) or (isinstance(right, Tensor) and result.dtype != right.dtype):
-            text = f"expected {_describe(right)}, got {_describe(result)}"
-            return Verdict(Kind.WRONG_TYPE, f"✗ {exercise.name}: {text} {_for(case)}")
-        if isinstance(right, Tensor) and result.shape != right.shape:
-            text = f"expected the shape {list(right.shape)}, got {list(result.shape)}"
-            return Verdict(Kind.WRONG_SHAPE, f"✗ {exercise.name}: {text} {_for(case)}")
-        if not same(result, right):
-            text = f"{_difference(result, right)} {_for(case)}. None of the usual mistakes gives this: compare one number by hand"
-            return Verdict(Kind.WRONG_VALUE, f"✗ {exercise.name}: {text}")
+        if fault := _fault(result, exercise.reference(**copy.deepcopy(case)), exercise.tolerance):
+            kind, text = fault
+            usual = ". None of the usual mistakes gives this: compare one number by hand" if kind is Kind.WRONG_VALUE else ""
+            return _wrong(exercise, kind, f"{text} {_for(case)}{usual}")
     return Verdict(Kind.RIGHT, f"✓ {exercise.name}: right in all {len(cases)} cases")
 
 
-def same(first: Any, second: Any) -> bool:
-    """Whether two values are the same number, or tensors of one shape with the same numbers up to rounding."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        if first.shape != second.shape:
-            return False
-        tolerance = max(TOLERANCE.get(value.dtype, 0.0) for value in (first, second))
-        return torch.allclose(first.double(), second.double(), rtol=tolerance, atol=tolerance)
-    if isinstance(first, Tensor) or isinstance(second, Tensor):
-        return False
-    return first == second
+def _fault(result: Any, right: Any, tolerance: float | None) -> tuple[Kind, str] | None:
+    """What is wrong with a result, at the first item that is, if it has items; None if it is right."""
+    kind = kind_of(right)
+    # A whole number is as good as a float, a NamedTuple as a tuple.
+    if kind_of(result) is not kind and (kind_of(result), kind) != (int, float):
+        return Kind.WRONG_TYPE, f"expected {describe(right)}, got {describe(result)}"
+    if kind in TENSOR_LIKE:
+        tensor, right_tensor = as_tensor(result), as_tensor(right)
+        if tensor.dtype != right_tensor.dtype:
+            return Kind.WRONG_TYPE, f"expected {describe(right)}, got {describe(result)}"
+        if tensor.shape != right_tensor.shape:
+            return Kind.WRONG_SHAPE, f"expected the shape {list(right_tensor.shape)}, got {list(tensor.shape)}"
+    elif (right_parts := parts_of(right)) is not None:
+        parts = parts_of(result)
+        if parts.keys() != right_parts.keys():
+            return Kind.WRONG_SHAPE, f"expected {describe(right)}, got {describe(result)}"
+        faults = ((name, _fault(parts[name], right_parts[name], tolerance)) for name in right_parts)
+        return next(((fault[0], f"in its part `{name}`: {fault[1]}") for name, fault in faults if fault), None)
+    return None if same(result, right, tolerance) else (Kind.WRONG_VALUE, difference(result, right))
 
 
-def _difference(result: Any, right: Any) -> str:
-    if isinstance(right, Tensor):
-        return f"it differs from the right answer by up to {(result.double() - right.double()).abs().max().item():.3g}"
-    return f"expected {right!r}, got {result!r}"
+def _unchanged(given: Any, before: Any) -> bool:
+    """Whether an argument still holds what it held. A random generator is there to be used up."""
+    if isinstance(given, torch.Generator):
+        return True
+    if isinstance(given, nn.Module):
+        return same(given.state_dict(), before.state_dict(), tolerance=0)
+    return same(given, before, tolerance=0)
+
+
+def _wrong(exercise: Exercise, kind: Kind, text: str) -> Verdict:
+    return Verdict(kind, f"✗ {exercise.name}: {text}")
 
 
 def _for(case: dict[str, Any]) -> str:
     """The arguments, short enough to be read."""
-    return "for " + ", ".join(f"{name}={_describe(value)}" for name, value in case.items())
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, int | float):
-        return f"{type(value).__name__} {value:.4g}" if isinstance(value, float) else str(value)
-    return f"a {type(value).__name__}"
+    return "for " + ", ".join(f"{name}={describe(value)}" for name, value in case.items())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, Playwright, TimeoutError
+from playwright.sync_api import Browser, Locator, Page, TimeoutError, sync_playwright
 
 TOKEN = "flux-lab-tests"
 START_SECONDS = 60
@@ -22,6 +22,7 @@ RUN_SECONDS = 600
 CHANGE_SECONDS = 60
 PIECE, TOOLBARS = 2400, 150  # pixels of a notebook on one screenshot, and of what stands above it
 ERROR = "application/vnd.jupyter.error"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
@@ -32,6 +33,11 @@ READY = """() => {
 }"""
 OUTPUTS = """() => [...window.jupyterapp.shell.currentWidget.content.model.cells].flatMap((cell, index) =>
     cell.type === "code" ? cell.toJSON().outputs.map(output => ({cell: index, ...output})) : [])"""
+
+# Of the box that a control stands in: what its picture shows, what its line of text says, and whether one of them has come to rest.
+PICTURE = "control => control.closest('.widget-vbox').querySelector('img').src"
+STATUS = "control => control.closest('.widget-vbox').querySelector('.widget-html').innerText.trim()"
+MOVED = f"(({STATUS})(box).includes('Error') || ({PICTURE})(box) !== before)"
 
 
 def chromium() -> str | None:
@@ -107,26 +113,29 @@ class Lesson:
         self.page.wait_for_function(READY, timeout=RUN_SECONDS * 1000)
         return self.page.evaluate(OUTPUTS)
 
-    def sliders(self) -> list[Locator]:
-        return self.page.locator(".jp-Notebook .noUi-handle").all()
+    def controls(self) -> list[Locator]:
+        """The controls of every widget: what stands in its box beside the picture and the line that tells its state."""
+        boxes = self.page.locator(".jp-Notebook .jp-OutputArea .widget-vbox")
+        expected = sum(WIDGET in output.get("data", {}) for output in self.page.evaluate(OUTPUTS))
+        for number in range(expected):  # they are drawn some time after their cell has run
+            boxes.nth(number).locator(".widget-image").wait_for(timeout=START_SECONDS * 1000)
+        return boxes.locator("> .jupyter-widgets:not(.widget-html):not(.widget-image)").all()
 
-    def move(self, slider: Locator) -> bool:
-        """Move a slider one step with the keyboard; whether the picture in its output then changed."""
-        handle = slider.element_handle()
-        pictures = "handle => [...handle.closest('.jp-OutputArea').querySelectorAll('img')].map(image => image.src).join()"
-        before, value = handle.evaluate(pictures), handle.get_attribute("aria-valuenow")
-        key = "ArrowLeft" if value == handle.get_attribute("aria-valuemax") else "ArrowRight"
-        slider.scroll_into_view_if_needed()
-        slider.focus()
-        slider.press(key)
+    def move(self, control: Locator) -> str | None:
+        """Move a control by one step, as a person would; what was wrong, or None if the picture in its widget then changed."""
+        box, name = control.element_handle(), control.inner_text().split("\n")[0]
+        before = box.evaluate(PICTURE)
+        control.scroll_into_view_if_needed()
+        moves = {".noUi-handle": push, "select": choose, "input[type=checkbox]": Locator.click, "input[type=text]": write_more}
+        (part,) = [part for part in moves if control.locator(part).count()]
+        moves[part](control.locator(part))
         try:
-            self.page.wait_for_function(
-                f"([handle, before]) => ({pictures})(handle) !== before", arg=[handle, before], timeout=CHANGE_SECONDS * 1000
-            )
+            self.page.wait_for_function(f"([box, before]) => {MOVED}", arg=[box, before], timeout=CHANGE_SECONDS * 1000)
         except TimeoutError:
-            return False
+            return f"{name}: the picture did not change"
         self.page.wait_for_function(READY, timeout=RUN_SECONDS * 1000)
-        return True
+        said = box.evaluate(STATUS)
+        return f"{name}: {said}" if said else None
 
     def folded(self) -> list[Locator]:
         """The hints and solutions."""
@@ -144,6 +153,22 @@ class Lesson:
             self.page.screenshot(path=path.with_stem(f"{path.stem}-{number:02}"))
 
 
+def push(handle: Locator) -> None:
+    """One step to the right on a slider, or to the left from its right end."""
+    handle.press("ArrowLeft" if handle.get_attribute("aria-valuenow") == handle.get_attribute("aria-valuemax") else "ArrowRight")
+
+
+def choose(select: Locator) -> None:
+    """The next item of a list; from the last one the first."""
+    count = select.locator("option").count()
+    select.select_option(index=(select.evaluate("select => select.selectedIndex") + 1) % count)
+
+
+def write_more(line: Locator) -> None:
+    line.fill(line.input_value() + " blue")
+    line.press("Enter")
+
+
 def errors(outputs: list[dict]) -> list[str]:
     """What went wrong in which cell, from the outputs of `Lesson.run_all`."""
     found = [output for output in outputs if output["output_type"] == "error" or ERROR in output.get("data", {})]
@@ -151,13 +176,14 @@ def errors(outputs: list[dict]) -> list[str]:
 
 
 @contextlib.contextmanager
-def browse(playwright: Playwright) -> Iterator[Page]:
+def browse() -> Iterator[Browser]:
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
-    browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
-    try:
-        yield browser.new_page(viewport={"width": 1300, "height": 900})
-    finally:
-        browser.close()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 @contextlib.contextmanager

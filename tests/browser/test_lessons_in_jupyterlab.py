@@ -1,5 +1,6 @@
-"""Every lesson as a learner meets it: opened in JupyterLab, run, its sliders moved, its hints and solutions unfolded."""
+"""Every lesson as a learner meets it: opened in JupyterLab, run, every control moved, its hints and solutions unfolded."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,24 +9,26 @@ from pathlib import Path
 import lab
 import nbformat
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 SCREENSHOTS = ROOT / "outputs" / "screenshots"
 
 WIDGET = """
-import io, ipywidgets, PIL.Image
-def picture(value):
-    PIL.Image.new("RGB", (60, 40), (value * 40, 80, 120)).save(buffer := io.BytesIO(), "png")
-    return buffer.getvalue()
-slider = ipywidgets.IntSlider(value=5, max=5)
-image = ipywidgets.Image(value=picture(5), width=60)
+from PIL import Image
+from flux_lab.instruments import explore
+def draw(level=9, share=0.5, word="red", text="hello", flag=False, dead=5):
+    if word == "none":
+        raise ValueError("no such colour")
+    return Image.new("RGB", (60, 40), (level * 20, round(share * 100) + 6 * len(text), 40 * len(word) + 60 * flag))
 """
-LINK = "slider.observe(lambda change: setattr(image, 'value', picture(change.new)), 'value')"
-SHOW = "ipywidgets.VBox([slider, image])"
+GOOD = """
+explore(draw, alt="a rectangle", level=(0, 9), share=(0.0, 1.0, 0.25), word=["green", "red"], text=str, flag=bool)
+"""
+BAD = 'explore(draw, alt="a rectangle", level=(0, 9), dead=(0, 9), word=["red", "none"])'
 FOLDED = "<details><summary>Solution</summary>\n\n```python\nanswer = 42\n```\n\n</details>"
-SAMPLES = {"good.ipynb": [WIDGET, LINK, SHOW], "dead_slider.ipynb": [WIDGET, SHOW], "failing.ipynb": ["1", "1 / 0"]}
+SAMPLES = {"good.ipynb": [WIDGET, GOOD], "bad_controls.ipynb": [WIDGET, BAD], "failing.ipynb": ["1", "1 / 0"]}
 
 pytestmark = [
     pytest.mark.browser,
@@ -54,9 +57,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with lab.browse() as browser:
+        yield browser
+
+
 @pytest.fixture
-def page() -> Iterator[Page]:
-    with sync_playwright() as playwright, lab.browse(playwright) as page:
+def page(browser: Browser) -> Iterator[Page]:
+    with contextlib.closing(browser.new_page(viewport={"width": 1300, "height": 900})) as page:
         yield page
 
 
@@ -66,11 +75,11 @@ def test_lesson_works_in_jupyterlab(page: Page, url: str, name: str) -> None:
         outputs = lesson.run_all()
         lesson.screenshot(SCREENSHOTS / f"{Path(name).stem}.png")
         assert lab.errors(outputs) == []
-        sliders, folded = lesson.sliders(), lesson.folded()
+        controls, folded = lesson.controls(), lesson.folded()
+        assert controls
+        assert [fault for control in controls if (fault := lesson.move(control))] == []
         if name == "good.ipynb":
-            assert (len(sliders), len(folded)) == (1, 1)
-        for number, slider in enumerate(sliders):
-            assert lesson.move(slider), f"slider {number} changes no picture"
+            assert (len(controls), len(folded)) == (5, 1)
         for hint_or_solution in folded:
             content = hint_or_solution.locator("> :not(summary)").first
             assert content.is_hidden()
@@ -83,9 +92,9 @@ def test_error_in_a_cell_is_seen(page: Page, url: str) -> None:
         assert lab.errors(lesson.run_all()) == ["cell 2: ZeroDivisionError: division by zero"]
 
 
-def test_slider_without_effect_is_seen(page: Page, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_without_effect_or_with_an_error_is_seen(page: Page, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "CHANGE_SECONDS", 2)
-    with lab.open_lesson(page, url, "dead_slider.ipynb") as lesson:
+    with lab.open_lesson(page, url, "bad_controls.ipynb") as lesson:
         assert lab.errors(lesson.run_all()) == []
-        (slider,) = lesson.sliders()
-        assert not lesson.move(slider)
+        faults = [lesson.move(control) for control in lesson.controls()]
+        assert faults == [None, "dead: the picture did not change", "word: ValueError: no such colour"]

@@ -118,6 +118,10 @@ def test_failing_lesson_leaves_the_old_notebook(tmp_path: Path) -> None:
         build.build(source)
 
 
+def printing(text: str) -> nbformat.NotebookNode:
+    return nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("stream", name="stdout", text=text)])
+
+
 @pytest.mark.parametrize(
     ("cell", "problem"),
     [
@@ -139,6 +143,10 @@ def test_failing_lesson_leaves_the_old_notebook(tmp_path: Path) -> None:
             nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("error", ename="KeyError", evalue="'q'")]),
             "it stopped with KeyError: 'q'",
         ),
+        (printing("read from /home/ada/flux/a.json"), "it shows /home/ada/flux/a.json, which is of this machine only"),
+        (printing(f"read from {build.NOTEBOOKS}/a.json"), f"it shows {build.NOTEBOOKS.parent}, which"),
+        (printing(r"read from C:\Users\Ada\a.json"), r"it shows C:\Users\Ada\a.json, which"),
+        (printing("<function f at 0x7f3a6c0d5e10>"), "it shows at 0x7f3a6c0d5e10, which"),
         (nbformat.v4.new_markdown_cell("x" * 600_000), "the limit is 600,000"),
     ],
 )
@@ -154,6 +162,11 @@ def test_problem_is_named(cell: nbformat.NotebookNode, problem: str) -> None:
 )
 def test_good_markdown_is_no_problem(text: str) -> None:
     assert build.problems(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])) == []
+
+
+@pytest.mark.parametrize("text", ["../data/flux-mini", "a/b", "and/or", "1/2 /3", "https://a.org/home/x", "data/tmp/x", "0x7f"])
+def test_relative_path_is_no_problem(text: str) -> None:
+    assert build.problems(nbformat.v4.new_notebook(cells=[printing(text)])) == []
 
 
 def test_check_names_the_stale_and_the_orphaned(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
-"""The committed notebooks: as new as their sources, complete, readable without a kernel, and solvable."""
+"""The committed notebooks: as new as their sources, complete, of one form, readable without a kernel, and solvable."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -7,10 +9,19 @@ import pytest
 from bs4 import BeautifulSoup
 from nbconvert import HTMLExporter
 
+from flux_lab.exercises import COURSE
+from flux_lab.exercises import LESSONS as EXERCISES_OF
 from notebooks import build
 
 # With this set, `flux_lab.exercises.check` raises where it would print that an answer is missing or wrong.
 STRICT = {"FLUX_LAB_STRICT": "1"}
+
+# The headings of every lesson after its title, in this order; others may stand between them.
+SECTIONS = [
+    *["You are here", "The idea", "The real code", "Shapes", "Trust, then verify", "Turn the knob", "Break it", "Common misreadings"],
+    *["Your turn", "Recap"],
+]
+CELL_LINES = 15
 
 SOURCES = build.sources()
 LESSONS = pytest.mark.parametrize("source", SOURCES, ids=[source.stem for source in SOURCES])
@@ -26,6 +37,90 @@ def committed(source: Path) -> nbformat.NotebookNode:
 
 def test_every_notebook_has_a_source() -> None:
     assert {path.stem for path in build.NOTEBOOKS.glob("*.ipynb")} <= {source.stem for source in SOURCES}
+
+
+def test_lessons_are_those_of_the_course() -> None:
+    assert {source.stem for source in SOURCES} <= {f"{number:02}_{stem}" for number, stem in enumerate(COURSE)}
+
+
+# ---- the form -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(cells: list[nbformat.NotebookNode]) -> str:
+    return "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def exercise_parts(source: Path) -> Iterator[list[nbformat.NotebookNode]]:
+    """The cells of every exercise: its stub and what follows, up to the next stub."""
+    cells = build.read_source(source).cells
+    starts = [number for number, cell in enumerate(cells) if build.has_tag(cell, "exercise")]
+    return (cells[start:end] for start, end in zip(starts, [*starts[1:], len(cells)], strict=True))
+
+
+@LESSONS
+def test_title_says_what_for_how_long_and_for_whom(source: Path) -> None:
+    title = build.read_source(source).cells[0].source
+    assert title.startswith(f"# {source.stem[:2]} · ")
+    assert "After this lesson you can" in title
+    assert len(re.findall(r"^- ", title, flags=re.M)) == 3
+    assert "**Time**: " in title
+    assert "**You need**: " in title
+
+
+@LESSONS
+def test_every_section_is_there_in_order(source: Path) -> None:
+    headings = re.findall(r"^## (.+)$", markdown(build.read_source(source).cells), flags=re.M)
+    assert [heading for heading in headings if heading in SECTIONS] == SECTIONS
+
+
+@LESSONS
+def test_recap_has_five_lines_and_the_next_step(source: Path) -> None:
+    recap = markdown(build.read_source(source).cells).rpartition("## Recap")[2]
+    assert re.findall(r"^(\d)\. ", recap, flags=re.M) == ["1", "2", "3", "4", "5"]
+    assert "**Next**" in recap
+
+
+@LESSONS
+def test_every_exercise_can_be_checked_has_hints_and_a_solution(source: Path) -> None:
+    parts = list(exercise_parts(source))
+    assert len(parts) >= 2
+    for stub, *rest in parts:
+        assert re.search(r"^ +raise NotImplementedError$", stub.source, flags=re.M), stub.source
+        assert sum(build.has_tag(cell, "solution") and cell.cell_type == "code" for cell in rest) == 1, stub.source
+        assert "<details><summary>Hint 1</summary>" in markdown(rest), stub.source
+        assert any(re.search(r"^check\(", cell.source, flags=re.M) for cell in rest), stub.source
+
+
+@LESSONS
+def test_exercises_are_those_of_the_lessons_module(source: Path) -> None:
+    code = "\n".join(cell.source for cell in build.read_source(source).cells if cell.cell_type == "code")
+    assert sorted(re.findall(r'^check\("(\w+)"', code, flags=re.M)) == sorted(exercise.name for exercise in EXERCISES_OF[source.stem])
+
+
+@LESSONS
+def test_cells_are_short(source: Path) -> None:
+    for cell in build.code_cells(build.read_source(source)):
+        # Neither blank lines and comments count, nor imports and brackets that close.
+        lines = [line for line in cell.source.splitlines() if not re.fullmatch(r"\s*(#.*|(import|from) .*|[])},]*)", line)]
+        assert len(lines) <= CELL_LINES or build.has_tag(cell, "solution"), f"{len(lines)} lines:\n{cell.source}"
+
+
+@NOTEBOOKS
+def test_there_is_something_to_look_at(source: Path) -> None:
+    outputs = [output for cell in build.code_cells(committed(source)) for output in cell.outputs]
+    assert sum(any(picture in output.get("data", {}) for picture in build.PICTURES) for output in outputs) >= 4
+    assert sum(bool(output.get("metadata", {}).get("widget")) for output in outputs) >= 1
+
+
+@NOTEBOOKS
+def test_key_numbers_are_compared(source: Path) -> None:
+    compared = [cell for cell in build.code_cells(committed(source)) if build.has_tag(cell, "nbval-check-output")]
+    assert compared
+    for cell in compared:
+        assert any(output.output_type in ("stream", "execute_result") for output in cell.outputs), cell.source
+
+
+# ---- the files ----------------------------------------------------------------------------------------------------------
 
 
 @LESSONS
