@@ -29,6 +29,10 @@ NOTEBOOKS = Path(__file__).resolve().parent
 SIZE_LIMIT = 600_000
 CELL_TIMEOUT = 600
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# What tells on the machine that ran a lesson: folders outside the project, and addresses in its memory.
+OF_THE_MACHINE = re.compile(
+    r"(?<![\w.~/])/(?:home|root|Users|tmp|var|opt|usr|mnt|private)/[^\s'\"]+|\b[A-Z]:\\\\?(?:Users|Temp)\\[^\s'\"]+|\bat 0x[0-9a-f]{6,}"
+)
 PICTURES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/svg+xml")
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
@@ -115,10 +119,14 @@ def apply_solutions(notebook: NotebookNode) -> NotebookNode:
 
 
 def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False, **environment: str) -> NotebookNode:
-    """Run every cell in a fresh kernel that works in `folder`. Raises CellExecutionError, unless errors are allowed."""
-    settings = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "record_timing": False, "allow_errors": allow_errors}
+    """Run every cell in a fresh kernel that works in `folder`. Raises CellExecutionError, unless errors are allowed.
+
+    No progress is recorded, unless `environment` says where.
+    """
+    settings = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": allow_errors}
+    settings |= {"record_timing": False, "coalesce_streams": True}  # whatever the time took, the notebook is the same
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings)
-    return client.execute(env={**os.environ, "PYTHONHASHSEED": "0", **environment})
+    return client.execute(env={**os.environ, "PYTHONHASHSEED": "0", "FLUX_LAB_PROGRESS": "", **environment})
 
 
 def clean(notebook: NotebookNode) -> list[str]:
@@ -150,7 +158,7 @@ def code_cells(notebook: NotebookNode) -> Iterator[NotebookNode]:
 
 
 def problems(notebook: NotebookNode) -> list[str]:
-    """Everything that must not be committed: errors, pictures without alt text, widgets without a picture, too large a file."""
+    """Everything that must not be committed: errors, paths of one machine, pictures without alt text, widgets without a picture, size."""
     found = []
     if (size := len(nbformat.writes(notebook).encode())) > SIZE_LIMIT:
         found.append(f"the notebook has {size:,} bytes; the limit is {SIZE_LIMIT:,}")
@@ -166,6 +174,8 @@ def cell_problems(cell: NotebookNode) -> Iterator[str]:
         if output.output_type == "error":
             yield f"it stopped with {output.ename}: {output.evalue}"
         data, metadata = output.get("data", {}), output.get("metadata", {})
+        for text in (output.get("text", ""), *(data.get(f"text/{form}", "") for form in ("plain", "html", "markdown"))):
+            yield from (f"it shows {trace}, which is of this machine only" for trace in traces_of_the_machine(text))
         if WIDGET in data:
             yield "a widget without a still picture: publish the widget's view and a PNG in one display call"
         for picture in PICTURES:
@@ -173,6 +183,12 @@ def cell_problems(cell: NotebookNode) -> Iterator[str]:
                 yield f'a picture ({picture}) without metadata {{"{picture}": {{"alt": ...}}}}'
         yield from pictures_without_alt(data.get("text/html", ""))
         yield from pictures_without_alt(data.get("text/markdown", ""))
+
+
+def traces_of_the_machine(text: str) -> list[str]:
+    """Absolute paths and memory addresses in what a cell printed."""
+    project = [str(NOTEBOOKS.parent)] if str(NOTEBOOKS.parent) in text else []
+    return project + OF_THE_MACHINE.findall(text.replace(str(NOTEBOOKS.parent), ""))
 
 
 def pictures_without_alt(text: str) -> Iterator[str]:

@@ -227,7 +227,10 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
     scenes = read_json(runs / "scenes" / "settings.json")
     settings = report["settings"]
     evaluate = f"python -m flux_lab.training.evaluate --prompts {settings['prompts']} --steps {settings['steps']}"
-    evaluate += f" --guidance {settings['guidance']:g} --card {path.name if path.is_absolute() else path}"
+    evaluate += f" --guidance {settings['guidance']:g}"
+    if "behaviour" in report:
+        evaluate += f" --behaviour {report['behaviour']['prompts']}"
+    evaluate += f" --card {path.name if path.is_absolute() else path}"
     obedience = report["obedience"]
     weakest = min((name for name in obedience if name != "all"), key=lambda name: obedience[name]["share"])
     parameters = [(name, f"{count:,}") for name, count in count_parameters(model).items()]

@@ -32,10 +32,10 @@ def test_two_lessons_run_at_the_same_time() -> None:
         assert key_numbers(notebook) == key_numbers(alone)
 
 
-def key_numbers(notebook: nbformat.NotebookNode) -> dict[str, list[str]]:
+def key_numbers(notebook: nbformat.NotebookNode) -> dict[str, str]:
     """What every cell tagged `nbval-check-output` printed."""
     tagged = [cell for cell in build.code_cells(notebook) if build.has_tag(cell, "nbval-check-output")]
-    return {cell.id: [output.text for output in cell.outputs if output.get("name") == "stdout"] for cell in tagged}
+    return {cell.id: "".join(output.text for output in cell.outputs if output.get("name") == "stdout") for cell in tagged}
 
 
 @pytest.mark.slow
