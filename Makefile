@@ -10,11 +10,11 @@ PROMPT ?= a large shiny red sphere left of a small blue cube on a wooden floor
 SEED ?= 0
 LESSON ?= notebooks/00_welcome.ipynb
 
-# One thread for each test process: JOBS of them already fill the machine. No test may reach a model hub.
-TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# One thread for each test process: JOBS of them already fill the machine. No test may reach a model hub, or the user's progress file.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 FLUX_LAB_PROGRESS=
 PYTEST := $(TEST_ENV) $(PY) -m pytest
 
-.PHONY: help setup lab demo check test lint notebooks stale clean FORCE
+.PHONY: help setup lab demo bench check test lint notebooks stale clean FORCE
 
 help: ## list these targets
 	@echo "make TARGET, where TARGET is one of"
@@ -71,6 +71,9 @@ lab: setup ## set up if needed, then open lesson 00 in JupyterLab
 
 demo: setup ## draw PROMPT= and a film strip of its steps into outputs/
 	$(PY) -m flux_lab generate "$(PROMPT)" --seed $(SEED) --out outputs/demo.png --filmstrip outputs/demo_steps.png
+
+bench: setup ## time ours, the fast path and diffusers side by side; BENCH= takes options such as --quick
+	$(PY) -m flux_lab bench --json outputs/bench.json $(BENCH)
 
 # ---- for contributors ---------------------------------------------------------------------------------------------------
 

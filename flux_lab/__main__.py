@@ -1,4 +1,4 @@
-"""The command line: `flux-lab generate`, `flux-lab doctor`, `flux-lab parity`; `python -m flux_lab` is the same.
+"""The command line: `flux-lab generate`, `doctor`, `parity`, `plan`, `bench` and `progress`; `python -m flux_lab` is the same.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once. A mistake of the user's is one line on stderr and exit
 code 2.
@@ -63,6 +63,13 @@ def build_parser() -> Parser:
     parity.add_argument("--model", type=Path, metavar="FOLDER", help="checkpoint for the tokenizers and the whole pipeline (the miniature)")
     parity.add_argument("--json", type=Path, metavar="FILE", help="also write the table here")
     parity.set_defaults(run=run_parity)
+    add_plan(commands.add_parser("plan", help="say how much memory a picture needs, before anything is downloaded"))
+    add_bench(commands.add_parser("bench", help="time ours, the fast path and diffusers side by side"))
+    progress = commands.add_parser("progress", help="show which exercises were solved here; nothing is sent anywhere")
+    form = progress.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print it as JSON, to be shared: no names, no paths")
+    form.add_argument("--reset", action="store_true", help="begin anew; the old file is renamed")
+    progress.set_defaults(run=run_progress)
     return parser
 
 
@@ -87,6 +94,40 @@ def add_generate(parser: Parser) -> None:
         "--dtype", choices=DTYPES, default="auto", help="precision (auto: float32 for the miniature and on the CPU, else bfloat16)"
     )
     parser.set_defaults(run=run_generate)
+
+
+def add_plan(parser: Parser) -> None:
+    parser.add_argument("--model", choices=("dev", "schnell", "mini"), default="dev", help="whose sizes to take (dev)")
+    parser.add_argument(
+        "--size", type=size, default=(None, None), metavar="PIXELS", help="such as 1024 or 1024x768, width first (the model's own)"
+    )
+    parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="pictures at once (1)")
+    parser.add_argument("--steps", type=whole(1, 1000), default=28, metavar="N", help="denoising steps (28)")
+    parser.add_argument("--bits", type=int, choices=(32, 16, 8, 4), default=16, help="bits for a weight of T5 and the transformer (16)")
+    parser.add_argument("--negative", action="store_true", help="with a negative prompt and true CFG")
+    parser.add_argument("--stream", action="store_true", help="read T5 and the transformer from disk, block by block")
+    parser.add_argument("--budget", metavar="SIZE", help="such as 16GB (the memory of the device)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="whose memory it has to fit into (auto: a GPU if there is one)")
+    parser.set_defaults(run=run_plan)
+
+
+def add_bench(parser: Parser) -> None:
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: a look, not a measurement")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="NAME", help="these cases alone, such as step, end-to-end, vae, blocks-bf16"
+    )
+    parser.add_argument("--compile", action="store_true", help="also the fast path compiled, which needs a C++ compiler")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (cpu)")
+    parser.set_defaults(run=run_bench)
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argument type: width and height in pixels, one number for both."""
+    found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size such as 1024 or 1024x768, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def whole(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
@@ -134,6 +175,39 @@ def run_parity(arguments: argparse.Namespace) -> int:
     from flux_lab.instruments.parity import main as compare
 
     return compare(arguments.model, arguments.json)
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    from flux_lab.inference.memory import report
+
+    names = ("batch", "bits", "steps", "stream", "negative")
+    settings = {name: getattr(arguments, name) for name in names} | dict(zip(("width", "height"), arguments.size, strict=True))
+    # With a budget the device need not be here: the plan is for another machine.
+    device = arguments.device if arguments.budget else choose_device(arguments.device)
+    return report(arguments.model, device, arguments.budget, **settings)
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    from flux_lab.inference.benchmark import main as benchmark
+
+    device = choose_device(arguments.device)
+    return benchmark(arguments.only, arguments.json, quick=arguments.quick, compile=arguments.compile, device=device)
+
+
+def run_progress(arguments: argparse.Namespace) -> int:
+    import json
+
+    from flux_lab.exercises import LESSONS, progress
+
+    file = progress.progress_file()
+    if file is None:
+        raise ValueError("FLUX_LAB_PROGRESS: it is set to nothing, so no progress is kept; unset it or name a file")
+    if arguments.reset:
+        print(f"renamed to {progress.set_aside(file, 'old')}" if file.exists() else "there was no progress to forget")
+        return 0
+    summary = progress.summary(LESSONS, progress.read(file))
+    print(json.dumps(summary, indent=2) if arguments.json else "\n".join([*progress.lines(summary), f"kept in {file}"]))
+    return 0
 
 
 # ---- generate -----------------------------------------------------------------------------------------------------------

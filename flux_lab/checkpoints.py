@@ -83,8 +83,8 @@ def _count(names: Iterable[str], pattern: str) -> int:
 class Component(NamedTuple):
     """What there is to know about the files of one model.
 
-    `ignored` keys are dropped, one of `prefixes` is stripped, `tied` keys are another name of the same tensor; a file with
-    `original_key` is in the original layout.
+    `ignored` keys are dropped, one of `prefixes` is stripped, `tied` keys are another name of the same tensor, `former` ones what older
+    checkpoints call it; a file with `original_key` is in the original layout.
     """
 
     model: type[nn.Module]
@@ -94,9 +94,23 @@ class Component(NamedTuple):
     prefixes: tuple[str, ...] = ()
     ignored: str = r"$^"
     tied: dict[str, str] = {}  # noqa: RUF012
+    former: dict[str, str] = {}  # noqa: RUF012
     renaming: tuple[Renaming, ...] = ()
     original_key: str = ""
     infer: Callable[[dict[str, tuple[int, ...]]], Config] | None = None
+
+
+# diffusers before 0.13 named the autoencoder's attention so, and checkpoints of that time, SD 1.5's for one, still do.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _old_attention_names() -> dict[str, str]:
+    return {
+        f"{side}.mid_block.attentions.0.{old}.{kind}": f"{side}.mid_block.attentions.0.{new}.{kind}"
+        for side in ("encoder", "decoder")
+        for old, new in OLD_ATTENTION.items()
+        for kind in ("weight", "bias")
+    }
 
 
 TRANSFORMER = Component(
@@ -115,6 +129,7 @@ AUTOENCODER = Component(
     folder="vae",
     weights="diffusion_pytorch_model",
     prefixes=("first_stage_model.", "vae."),
+    former=_old_attention_names(),
     renaming=AUTOENCODER_RENAMING,
     original_key="encoder.down.0.block.0.conv1.weight",
     infer=_infer_autoencoder,
@@ -149,6 +164,21 @@ PIPELINE_PARTS = {
 }
 
 
+class PipelineLayout(NamedTuple):
+    """One kind of pipeline: its class, its folders with library and class, and the components that are found in them.
+
+    `unused`: entries of upstream's `model_index.json` for parts that we do without, and what is written there.
+    """
+
+    name: str
+    parts: dict[str, tuple[str, ...]]
+    components: dict[str, Component]
+    unused: dict[str, Any] = {}  # noqa: RUF012
+
+
+FLUX_LAYOUT = PipelineLayout(PIPELINE_CLASS, PIPELINE_PARTS, COMPONENTS)
+
+
 # ----------------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -160,7 +190,7 @@ def load_transformer(
     `dtype=None` keeps the file's. A lone file has no configuration: sizes are read off the tensors, and the three axes of a position
     get 1/8, 7/16 and 7/16 of the head width, which is (16, 56, 56) of 128; `config` overrides that. Raises CheckpointError.
     """
-    return _load(TRANSFORMER, path, dtype, device, config)
+    return load_component(TRANSFORMER, path, dtype, device, config)
 
 
 def load_autoencoder(
@@ -170,21 +200,24 @@ def load_autoencoder(
 
     For a lone file the scaling and shift factor, the number of groups and the sample size are FLUX.1's unless `config` says otherwise.
     """
-    return _load(AUTOENCODER, path, dtype, device, config)
+    return load_component(AUTOENCODER, path, dtype, device, config)
 
 
 def load_clip(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CLIPTextModel:
     """Load CLIP's text encoder from a transformers folder, with or without the `text_model.` prefix, a pipeline's folder, or a hub id."""
-    return _load(CLIP, path, dtype, device)
+    return load_component(CLIP, path, dtype, device)
 
 
 def load_t5(path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> T5EncoderModel:
     """Load T5's encoder from a transformers folder, a pipeline's folder, or a hub id. In fp16 its `wo` layers are kept in fp32."""
-    return _load(T5, path, dtype, device)
+    return load_component(T5, path, dtype, device)
 
 
-def load_scheduler(path: str | Path) -> FlowMatchEulerDiscreteScheduler:
-    """Read `scheduler_config.json` from its folder, a pipeline's, or a hub id."""
+def load_scheduler(path: str | Path, kinds: tuple[type, ...] = (FlowMatchEulerDiscreteScheduler,)) -> Any:
+    """Read `scheduler_config.json` from its folder, a pipeline's, or a hub id.
+
+    `kinds`: the classes that it may be of; the first where it does not say. Raises CheckpointError.
+    """
     folder = local_folder(path, ["scheduler"])
     file = folder / "scheduler_config.json"
     if not file.is_file():
@@ -192,30 +225,35 @@ def load_scheduler(path: str | Path) -> FlowMatchEulerDiscreteScheduler:
     if not file.is_file():
         raise CheckpointError(folder, "scheduler_config.json", _listing(folder))
     values = _read_json(file)
-    _check_class(file, values, "FlowMatchEulerDiscreteScheduler")
+    kind = next((kind for kind in kinds if kind.__name__ in _classes(values)), kinds[0])
+    _check_class(file, values, kind.__name__)
     with _naming(file):
-        return FlowMatchEulerDiscreteScheduler.from_config(values)
+        return kind.from_config(values)
 
 
-def read_model_index(folder: str | Path) -> dict[str, str]:
+def read_model_index(folder: str | Path, layout: PipelineLayout = FLUX_LAYOUT) -> dict[str, str]:
     """Read a pipeline's `model_index.json`: the class of each of its folders.
 
-    Raises CheckpointError for another pipeline than FluxPipeline, and for an unknown, missing or other component.
+    Raises CheckpointError for another pipeline than `layout`'s, and for an unknown, missing or other component.
     """
     file = Path(folder) / "model_index.json"
     if not file.is_file():
         raise CheckpointError(folder, "a pipeline in the diffusers layout with model_index.json", _listing(Path(folder)))
     values = _read_json(file)
-    _check_class(file, values, PIPELINE_CLASS)
-    found = {name: entry[1] for name, entry in values.items() if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None}
-    for name in [*found, *PIPELINE_PARTS]:
-        classes = PIPELINE_PARTS.get(name, ("", "null"))[1:]
+    _check_class(file, values, layout.name)
+    used = {name: entry for name, entry in values.items() if name not in layout.unused}
+    found = {name: entry[1] for name, entry in used.items() if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None}
+    for name in [*found, *layout.parts]:
+        classes = layout.parts.get(name, ("", "null"))[1:]
         if found.get(name) not in classes:
             raise CheckpointError(file, f"class {classes[0]}", found.get(name, "nothing"), key=name)
     return found
 
 
-def _load(component: Component, path: str | Path, dtype: torch.dtype | None, device: torch.device | str, config: Any = None) -> Any:
+def load_component(
+    component: Component, path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Any = None
+) -> Any:
+    """Load the model that `component` describes; `path`, `dtype` and `config` as for `load_transformer`. Raises CheckpointError."""
     location = _locate(component, path)
     header = _read_header(component, location)
     pieces = _name_pieces(component, header)
@@ -237,15 +275,17 @@ def _locate(component: Component, path: str | Path) -> Path:
     if Path(path).is_file():
         _refuse_pickle(Path(path))
         return Path(path)
-    folder = local_folder(path, [component.folder])
+    folder = local_folder(path, [component.folder], {component.folder: component})
     for place in (folder, folder / component.folder):
         if (place / "config.json").is_file():
             return place
     raise CheckpointError(folder, f"config.json and {component.weights}.safetensors", _listing(folder))
 
 
-def local_folder(path: str | Path, parts: Iterable[str] = PIPELINE_PARTS) -> Path:
+def local_folder(path: str | Path, parts: Iterable[str] = PIPELINE_PARTS, components: dict[str, Component] = COMPONENTS) -> Path:
     """`path` if it is a folder; else `path` is a hub id, whose files for `parts` are downloaded, or taken from the cache.
+
+    Of a part that is one of `components` only the files that we read are, of any other all.
 
     Raises CheckpointError when it is neither, when there is no network, and when the model is gated.
     """
@@ -256,7 +296,7 @@ def local_folder(path: str | Path, parts: Iterable[str] = PIPELINE_PARTS) -> Pat
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_download_patterns(parts)))
+        return Path(snapshot_download(str(path), allow_patterns=_download_patterns(parts, components)))
     except errors.GatedRepoError as error:
         how = f"this model is gated: accept its licence at https://huggingface.co/{path}, then log in with `hf auth login`"
         raise CheckpointError(path, how) from error
@@ -266,14 +306,14 @@ def local_folder(path: str | Path, parts: Iterable[str] = PIPELINE_PARTS) -> Pat
         raise CheckpointError(path, f"no such folder, nor in the hub's cache, and the hub cannot be reached ({error})") from error
 
 
-def _download_patterns(parts: Iterable[str]) -> list[str]:
+def _download_patterns(parts: Iterable[str], components: dict[str, Component]) -> list[str]:
     """The files that we read: not the other copies of the weights that a hub repository may hold."""
     patterns = ["model_index.json"]
     for part in parts:
-        if part not in COMPONENTS:
+        if part not in components:
             patterns.append(f"{part}/*")
             continue
-        weights = COMPONENTS[part].weights
+        weights = components[part].weights
         for file in ("config.json", f"{weights}.safetensors", f"{weights}.safetensors.index.json", f"{weights}-*-of-*.safetensors"):
             patterns += [f"{part}/{file}", file]
     return patterns
@@ -374,7 +414,8 @@ def _open(file: Path, device: str, stack: contextlib.ExitStack) -> Any:
 def _name_pieces(component: Component, header: dict[str, Entry]) -> list[Piece]:
     """Our names for the tensors, in whichever of the layouts they are."""
     if component.original_key not in header:
-        return [Piece(key, (component.tied.get(key, key),)) for key in header]
+        names = component.tied | component.former
+        return [Piece(key, (names.get(key, key),)) for key in header]
     levels = _count(header, r"decoder\.up\.(\d+)")
     pieces = []
     for key, entry in header.items():
@@ -476,14 +517,15 @@ def _dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtyp
 # ------------------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_model(model: nn.Module, folder: str | Path) -> None:
+def save_model(model: nn.Module, folder: str | Path, components: dict[str, Component] = COMPONENTS) -> None:
     """Write a model in the diffusers layout (the text encoders: transformers'): `config.json` and one safetensors file.
 
-    Both are written under temporary names first. Raises CheckpointError where a sharded checkpoint lies, which would win over ours.
+    Both are written under temporary names first. Raises TypeError for a model that is none of `components`, CheckpointError where a
+    sharded checkpoint lies, which would win over ours.
     """
-    component = next((known for known in COMPONENTS.values() if known.model is type(model)), None)
+    component = next((known for known in components.values() if known.model is type(model)), None)
     if component is None:
-        names = [known.model.__name__ for known in COMPONENTS.values()]
+        names = [known.model.__name__ for known in components.values()]
         raise TypeError(f"model: expected one of {names}, got {type(model).__name__}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -500,20 +542,21 @@ def write_pipeline(
     folder: str | Path,
     *,
     models: dict[str, nn.Module],
-    scheduler: FlowMatchEulerDiscreteScheduler,
+    scheduler: Any,
     tokenizers: dict[str, str | Path],
+    layout: PipelineLayout = FLUX_LAYOUT,
 ) -> None:
-    """Write a pipeline that diffusers' FluxPipeline reads.
+    """Write a pipeline that diffusers reads, with its FluxPipeline unless `layout` says another.
 
     `models`: transformer, vae, text_encoder and text_encoder_2; `tokenizers`: the folders to copy to tokenizer and tokenizer_2.
     `model_index.json`, which makes the folder a pipeline, is written last.
     """
     folder = Path(folder)
-    given, expected = {*models, *tokenizers, "scheduler"}, set(PIPELINE_PARTS)
+    given, expected = {*models, *tokenizers, "scheduler"}, set(layout.parts)
     if given != expected:
         raise ValueError(f"models, tokenizers: expected {sorted(expected)} with the scheduler, got {sorted(given)}")
     for name, model in models.items():
-        save_model(model, folder / name)
+        save_model(model, folder / name, layout.components)
     for name, source in tokenizers.items():
         if Path(source).resolve() != (folder / name).resolve():
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
@@ -521,7 +564,9 @@ def write_pipeline(
     with _replacing(folder / "scheduler" / "scheduler_config.json") as file:
         _write_json(file, scheduler.config.to_dict())
     with _replacing(folder / "model_index.json") as file:
-        _write_json(file, {"_class_name": PIPELINE_CLASS} | {name: list(part[:2]) for name, part in PIPELINE_PARTS.items()})
+        parts = {name: list(part[:2]) for name, part in layout.parts.items()}
+        parts["scheduler"] = [layout.parts["scheduler"][0], type(scheduler).__name__]
+        _write_json(file, {"_class_name": layout.name, **parts, **layout.unused})
 
 
 @contextlib.contextmanager

@@ -86,6 +86,14 @@ class AutoencoderKLConfig(Config):
         "latents_mean": (None,),
         "latents_std": (None,),
     }
+    # The defaults below are FLUX.1's; a `config.json` that leaves these out is older than the fields and has SD 1.5's.
+    LEFT_OUT: ClassVar[dict[str, Any]] = {
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "shift_factor": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
 
     in_channels: int = 3
     out_channels: int = 3
@@ -105,6 +113,10 @@ class AutoencoderKLConfig(Config):
                 raise ValueError(
                     f"block_out_channels={self.block_out_channels}: {channels} is not a multiple of norm_num_groups={self.norm_num_groups}"
                 )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return super().from_dict(cls.LEFT_OUT | values if isinstance(values, dict) else values)
 
     @property
     def vae_scale_factor(self) -> int:

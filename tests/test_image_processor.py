@@ -64,6 +64,22 @@ def test_preprocess_lists_take_the_size_of_the_first():
     assert assert_same_tensor(images).shape == (4, 3, 16, 32)
 
 
+@pytest.mark.parametrize("kind", ["pil", "array", "tensor", "negative tensor"])
+def test_preprocess_the_worked_case_of_sd15(kind):
+    """SD 1.5 needs multiples of 8: 1611 = 201 * 8 + 3 becomes 1608. The picture is resized, not cropped."""
+    height, width = 1032, 1611
+    picture = random_pil("RGB", height, width)
+    tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    images = {"pil": picture, "array": tensor.permute(1, 2, 0).numpy(), "tensor": tensor, "negative tensor": 2 * tensor - 1}
+    result = assert_same_tensor(images[kind], vae_scale_factor=8)
+    assert result.shape == (1, 3, 1032, 1608)
+    assert -1 <= result.min() < -0.9
+    assert 0.9 < result.max() <= 1
+    assert not torch.equal(result[0], 2 * tensor[:, :, :1608] - 1)
+    assert assert_same_tensor(images[kind], vae_scale_factor=16).shape == (1, 3, 1024, 1600)
+    assert assert_same_tensor(images[kind], 100, 50).shape == (1, 3, 96, 48)
+
+
 def test_preprocess_leaves_negative_numbers_alone():
     image = torch.rand(1, 3, 16, 24) * 2 - 1
     assert torch.equal(assert_same_tensor(image), image)

@@ -7,6 +7,7 @@ import pytest
 from diffusers import DDPMScheduler, PNDMScheduler, UNet2DConditionModel
 
 from flux_lab.sd15.config import (
+    MINI_UNET,
     SD15_DDPM,
     SD15_PNDM,
     SD15_UNET,
@@ -63,7 +64,7 @@ def test_every_upstream_field_is_ours_or_checked(kind):
     assert set(defaults_of(REFERENCES[kind])) - ours - harmless == set()
 
 
-@pytest.mark.parametrize("config", [SD15_UNET, TINY_UNET, SD15_PNDM, SD15_DDPM], ids=lambda config: config.CLASS_NAME)
+@pytest.mark.parametrize("config", [SD15_UNET, MINI_UNET, TINY_UNET, SD15_PNDM, SD15_DDPM], ids=lambda config: config.CLASS_NAME)
 def test_there_and_back(config):
     assert type(config).from_dict(config.to_dict()) == config
     if config is not SD15_UNET:

@@ -1,4 +1,4 @@
-"""The generation before FLUX: the UNet of Stable Diffusion 1.5 and its two schedulers.
+"""The generation before FLUX: the UNet of Stable Diffusion 1.5, its two schedulers, its checkpoints and its pipeline.
 
 Axes that are not in the glossary of `flux_lab`:
 

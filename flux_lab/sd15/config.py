@@ -6,7 +6,7 @@ Defaults are upstream's, so that a `config.json` that leaves a field out means t
 import dataclasses
 from typing import Any, ClassVar
 
-from flux_lab.config import Config
+from flux_lab.config import MINI_CLIP, MINI_VAE, AutoencoderKLConfig, Config
 
 DOWN_BLOCK_TYPES = ("CrossAttnDownBlock2D", "DownBlock2D")
 UP_BLOCK_TYPES = ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -157,8 +157,25 @@ class DDPMSchedulerConfig(NoiseScheduleConfig):
 
 
 SD15_UNET = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)
+SD15_VAE = AutoencoderKLConfig(
+    latent_channels=4, sample_size=512, scaling_factor=0.18215, shift_factor=None, use_quant_conv=True, use_post_quant_conv=True
+)
 SD15_PNDM = PNDMSchedulerConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
 SD15_DDPM = DDPMSchedulerConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+# The trained example: SD 1.5's anatomy at 1/16 of its width, half as many heads, on 128-pixel pictures; its schedulers are SD 1.5's.
+# The autoencoder is the miniature's with SD 1.5's latents; its scaling factor is measured after training.
+MINI_UNET = dataclasses.replace(
+    SD15_UNET,
+    sample_size=16,
+    block_out_channels=(20, 40, 80, 80),
+    cross_attention_dim=MINI_CLIP.hidden_size,
+    attention_head_dim=4,
+    norm_num_groups=4,
+)
+MINI_SD_VAE = dataclasses.replace(
+    MINI_VAE, latent_channels=4, scaling_factor=0.18215, shift_factor=None, use_quant_conv=True, use_post_quant_conv=True
+)
 
 # For tests: as small as the anatomy allows, every size distinct.
 TINY_UNET = UNet2DConditionConfig(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flux_lab.checkpoints import save_model
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import MINI_CLIP, CLIPTextConfig
-from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.options import text_stage_options
 from flux_lab.training.scenes import read_images
 from flux_lab.training.texts import CaptionIds, caption_ids
@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
     train(task, pairs, options.out, settings)
     encoder = CLIPTextModel(config)
     encoder.load_state_dict(load_trained(options.out, "text"))
-    save_model(encoder, options.out / "text_encoder")
+    if is_main_process():
+        save_model(encoder, options.out / "text_encoder")
 
 
 if __name__ == "__main__":

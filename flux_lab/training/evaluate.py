@@ -111,7 +111,8 @@ def hardware(device: torch.device) -> str:
     """What this process computes on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads of a {platform.machine()} processor with {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of an {platform.machine()} processor with {os.cpu_count()} cores"
 
 
 def evaluate(pipe: FluxPipeline, reader: Reader, options: argparse.Namespace) -> tuple[dict[str, Any], list[Caption], Obedience]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flux_lab.checkpoints import save_model
 from flux_lab.config import MINI_T5, T5Config
 from flux_lab.t5 import T5EncoderModel
-from flux_lab.training.loop import Settings, load_trained, train
+from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.options import text_stage_options
 from flux_lab.training.texts import CaptionIds, caption_ids
 
@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
     trained["encoder.embed_tokens.weight"] = trained["shared.weight"]
     encoder = T5EncoderModel(MINI_T5)
     encoder.load_state_dict(trained)
-    save_model(encoder, options.out / "text_encoder_2")
+    if is_main_process():
+        save_model(encoder, options.out / "text_encoder_2")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Stage 3: the autoencoder, and the latents of all scenes.
 
     python -m flux_lab.training.vae --scenes runs/scenes --out runs/vae --steps 6000
+    python -m flux_lab.training.vae --scenes runs/scenes --out runs/sd15_vae --steps 6000 --generation sd15
 
 Loss: L1 + 2 MSE + 2e-5 KL. Crops of 64 pixels for the first three quarters, then whole pictures. Afterwards the latents' mean and
 standard deviation are measured: they become shift_factor and scaling_factor, so that the transformer sees mean 0 and deviation 1.
-Writes `vae/` (a diffusers folder) and `latents.safetensors` (posterior means of the scenes, scaled, float16 [scenes, 16, 16, 16]).
+SD 1.5 has no shift, only the factor: its 0.18215 is one over the standard deviation of its latents.
+Writes `vae/` (a diffusers folder) and `latents.safetensors` (posterior means of the scenes, scaled, float16 [scenes, channels, 16, 16]
+with 16 channels, or SD 1.5's 4).
 """
 
 import argparse
@@ -28,6 +31,7 @@ from flux_lab import shapes
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import save_model
 from flux_lab.config import MINI_VAE, AutoencoderKLConfig
+from flux_lab.sd15.config import MINI_SD_VAE
 from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.scenes import read_images
 
@@ -35,6 +39,7 @@ CROP = 64
 CROPS_UNTIL = 0.75
 KL_WEIGHT = 2e-5
 FIRST_LOGVAR = -6.0
+GENERATIONS = {"flux": MINI_VAE, "sd15": MINI_SD_VAE}
 
 
 class VAELoss(nn.Module):
@@ -44,7 +49,8 @@ class VAELoss(nn.Module):
         super().__init__()
         self.vae = AutoencoderKL(config)
         # Start with little noise in the latents: otherwise it hides the picture, and training takes much longer to begin.
-        nn.init.constant_(self.vae.encoder.conv_out.bias[config.latent_channels :], FIRST_LOGVAR)
+        last = self.vae.quant_conv or self.vae.encoder.conv_out
+        nn.init.constant_(last.bias[config.latent_channels :], FIRST_LOGVAR)
         self.to(memory_format=torch.channels_last)
 
     def forward(
@@ -97,9 +103,10 @@ def encode_all(vae: AutoencoderKL, images: np.ndarray, batch: int = 32) -> Float
 
 
 def measured_scaling(config: AutoencoderKLConfig, latents: Tensor) -> AutoencoderKLConfig:
-    """The configuration with the shift and the factor that give these latents mean 0 and standard deviation 1."""
+    """The configuration with the factor that gives these latents standard deviation 1, and, where it has a shift, the one for mean 0."""
     values = latents.float()
-    return dataclasses.replace(config, shift_factor=round(values.mean().item(), 4), scaling_factor=round(1 / values.std().item(), 4))
+    shift_factor = None if config.shift_factor is None else round(values.mean().item(), 4)
+    return dataclasses.replace(config, shift_factor=shift_factor, scaling_factor=round(1 / values.std().item(), 4))
 
 
 def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> AutoencoderKLConfig:
@@ -111,7 +118,7 @@ def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> Autoen
     if not is_main_process():
         return vae.config
     save_model(vae.cpu(), out / "vae")
-    scaled = (latents.float() - vae.config.shift_factor) * vae.config.scaling_factor
+    scaled = (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
     temporary = out / "latents.safetensors.part"
     save_file({"latents": scaled.half().contiguous()}, temporary)
     os.replace(temporary, out / "latents.safetensors")
@@ -121,18 +128,21 @@ def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> Autoen
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"))
-    parser.add_argument("--out", type=Path, default=Path("runs/vae"))
+    parser.add_argument("--out", type=Path, help="default: runs/vae, or runs/sd15_vae")
+    parser.add_argument("--generation", choices=GENERATIONS, default="flux", help="whose latents: FLUX's 16 channels, or SD 1.5's 4")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch", type=int, default=16, help="crops a step")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--encode", type=int, help="how many scenes to encode afterwards (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    config = GENERATIONS[options.generation]
+    out = options.out or Path("runs/vae" if options.generation == "flux" else "runs/sd15_vae")
     images = read_images(options.scenes)
     settings = Settings(steps=options.steps, batch_size=options.batch, learning_rate=options.rate, ema=0.998, seed=options.seed)
     torch.manual_seed(options.seed)
-    train(VAELoss(MINI_VAE), Pictures(images, settings, MINI_VAE), options.out, settings)
-    config = export(options.out, MINI_VAE, images[: options.encode])
+    train(VAELoss(config), Pictures(images, settings, config), out, settings)
+    config = export(out, config, images[: options.encode])
     print(f"shift_factor {config.shift_factor}, scaling_factor {config.scaling_factor}")
 
 

@@ -92,9 +92,9 @@ image = pipe(PROMPT, generator=seeded()).images[0]
 show(plots.gallery([image], ["28 steps, seed 0"]), alt="The miniature's image: " + PROMPT)
 
 # %% [markdown]
-# *What to see*: compare it with the words, one by one. Floor and colours come out first in training, shapes, sizes and
-# relations late, and this miniature is still young: its objects are soft, some of them surplus. How often each
-# attribute is right was measured; the model card has the table.
+# *What to see*: compare it with the words, one by one. Floor and colours come out first in training, shapes last, and
+# this miniature was trained for hours, not for weeks: some of its objects have no clear shape. How often each attribute
+# is right was measured; the model card has the table.
 #
 # A **seed** numbers the noise that the image starts from. Another seed gives another image of the same words:
 
@@ -503,9 +503,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: from zeros the walk ends at an empty picture, and from weak noise the objects run into one another. The
-# words alone do not make a picture. The noise is what objects are carved from, and the network counts on its strength: at
-# $\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
+# *What to see*: the words are the same three times, the pictures are not. The noise decides what the words leave open,
+# and the network counts on its strength: at $\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
+# What it makes of anything else is luck. And zeros decide nothing: with them, every seed ends in the one picture on the
+# right.
 #
 # ## Common misreadings
 #
