@@ -324,6 +324,7 @@ for wrong in (
 # %%
 import diffusers
 
+upstream = diffusers.FluxPipeline
 reference = diffusers.AutoencoderKL.from_pretrained(flux_lab.data_dir() / "flux-mini" / "vae", dtype=torch.float32)
 pixels = pipe.image_processor.preprocess(picture)
 theirs = reference.encode(pixels).latent_dist
@@ -333,7 +334,6 @@ print(f"encoder: largest difference {difference:.1e}, of latents up to {theirs.m
 assert difference < 1e-4
 
 # %% tags=["nbval-check-output"]
-upstream = diffusers.FluxPipeline
 wide = torch.randn(2, 16, 12, 16, generator=seeded(0))
 packed = upstream._pack_latents(wide, 2, 16, 12, 16)
 pairs = {

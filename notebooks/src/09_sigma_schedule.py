@@ -674,9 +674,10 @@ for name, ends in {"right step": toy_walk(starts, fine[::10])[-1], "swapped": x}
 # **"`max_shift` is 1.16."** A function with this default is printed in some write-ups. The reference's default, ours, and
 # the configuration file:
 
-# %% tags=["nbval-check-output"]
+# %%
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift as reference_shift
 
+# %% tags=["nbval-check-output"]
 for function in (reference_shift, calculate_shift):
     print(f"{function.__module__:40} max_shift = {inspect.signature(function).parameters['max_shift'].default}")
 print(f"{'scheduler_config.json':40} max_shift = {mini.scheduler.max_shift}")
