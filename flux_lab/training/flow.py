@@ -57,14 +57,26 @@ def predict_velocity(
     guidance: Float[Tensor, "batch"],
 ) -> Float[Tensor, "batch tokens patch_channels"]:
     """One call of the transformer on unpacked latents."""
+    img_ids = prepare_latent_image_ids(x_t.shape[2] // PATCH, x_t.shape[3] // PATCH, device=x_t.device)
+    return predict_packed_velocity(transformer, pack_latents(x_t), t, text, img_ids, guidance)
+
+
+def predict_packed_velocity(
+    transformer: FluxTransformer2DModel,
+    x_t: Float[Tensor, "batch tokens patch_channels"],
+    t: Float[Tensor, "batch"],
+    text: tuple[Tensor, Tensor],
+    img_ids: Float[Tensor, "tokens axes"],
+    guidance: Float[Tensor, "batch"],
+) -> Float[Tensor, "batch tokens patch_channels"]:
+    """One call of the transformer on packed latents. A model without guidance embedding is not told `guidance`."""
     encoder_hidden_states, pooled_projections = text
-    rows, columns = x_t.shape[2] // PATCH, x_t.shape[3] // PATCH
     return transformer(
-        hidden_states=pack_latents(x_t),
+        hidden_states=x_t,
         encoder_hidden_states=encoder_hidden_states,
         pooled_projections=pooled_projections,
         timestep=t,
-        img_ids=prepare_latent_image_ids(rows, columns, device=x_t.device),
+        img_ids=img_ids,
         txt_ids=torch.zeros(encoder_hidden_states.shape[1], 3, device=x_t.device),
         guidance=guidance if transformer.config.guidance_embeds else None,
     )

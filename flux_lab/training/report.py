@@ -141,6 +141,13 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(f"## {title}\n\n{write(report)}" for name, (title, write) in SECTIONS.items() if name in report) + "\n"
 
 
+def _write_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure to a temporary name, then rename."""
+    part = Path(path).with_suffix(".part")
+    figure.savefig(part, format="png", dpi=90)
+    os.replace(part, path)
+
+
 def draw_samples(
     path: Path,
     images: UInt8[np.ndarray, "images height width 3"],
@@ -163,9 +170,7 @@ def draw_samples(
             axes.set_title(textwrap.fill(prompts[place], 30), fontsize=6, parse_math=False)
             verdict = textwrap.fill("not right: " + ", ".join(wrong), 30) if wrong else "all right"
             axes.set_xlabel(verdict, fontsize=6, color=WRONG if wrong else RIGHT)
-    part = Path(path).with_suffix(".part")
-    figure.savefig(part, format="png", dpi=90)
-    os.replace(part, path)
+    _write_figure(path, figure)
 
 
 def draw_block_effects(path: Path, effects: Mapping[str, Sequence[float]], sigmas: Sequence[float]) -> None:
@@ -183,6 +188,4 @@ def draw_block_effects(path: Path, effects: Mapping[str, Sequence[float]], sigma
     axes.set_xticks(range(0, len(effects), 3), list(effects)[::3], rotation=90, fontsize=7)
     axes.set(xlabel="block taken out", ylabel="change of the velocity, relative to its norm", xlim=(-1, len(effects)))
     axes.legend(fontsize=7, ncols=len(sigmas) + 1)
-    part = Path(path).with_suffix(".part")
-    figure.savefig(part, format="png", dpi=90)
-    os.replace(part, path)
+    _write_figure(path, figure)

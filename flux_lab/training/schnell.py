@@ -23,7 +23,7 @@ from flux_lab.config import FLUX_SCHNELL_SCHEDULER
 from flux_lab.embeddings import get_timestep_embedding
 from flux_lab.latents import pack_latents, prepare_latent_image_ids
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, default_sigmas
-from flux_lab.training.flow import Encoders, FlowBatches, add_options, export, settings_of
+from flux_lab.training.flow import Encoders, FlowBatches, add_options, export, predict_packed_velocity, settings_of
 from flux_lab.training.loop import train
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -94,16 +94,7 @@ class StepLoss(nn.Module):
 
 def velocity(model: FluxTransformer2DModel, x: Tensor, sigma: Tensor, text: tuple, img_ids: Tensor) -> Tensor:
     """One call on packed latents; a model that takes a guidance scale is given the usual one."""
-    words, pooled = text
-    return model(
-        hidden_states=x,
-        encoder_hidden_states=words,
-        pooled_projections=pooled,
-        timestep=sigma,
-        img_ids=img_ids,
-        txt_ids=torch.zeros(words.shape[1], 3, device=x.device),
-        guidance=torch.full_like(sigma, GUIDANCE) if model.config.guidance_embeds else None,
-    )
+    return predict_packed_velocity(model, x, sigma, text, img_ids, torch.full_like(sigma, GUIDANCE))
 
 
 class StepBatches(FlowBatches):
