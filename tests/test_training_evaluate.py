@@ -14,7 +14,7 @@ from training_parts import write_parts
 from flux_lab import FluxPipeline
 from flux_lab.latents import pack_latents
 from flux_lab.training import behaviour, captions, card, evaluate, export, quality, reader, report, world
-from flux_lab.training.grow import close_gates
+from flux_lab.training.grow import with_gates
 from flux_lab.training.report import Tally
 
 
@@ -162,7 +162,7 @@ def test_obedience_is_what_the_reader_sees(pipe, monkeypatch):
 
 def test_a_block_without_gates_has_no_effect_and_all_others_have_one(pipe, monkeypatch):
     transformer = copy.deepcopy(pipe.transformer)
-    close_gates(transformer.single_transformer_blocks[1])
+    transformer.single_transformer_blocks[1] = with_gates(transformer.single_transformer_blocks[1], 0.0)
     monkeypatch.setattr(pipe, "transformer", transformer)
     latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(3))
     effects = behaviour.block_effects(pipe, ["red cube", "cone"], latents, guidance=3.5)

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from flux_lab.checkpoints import load_transformer
-from flux_lab.training.grow import gates
 from flux_lab.training.loop import CHECKPOINT
 from flux_lab.training.report import percent, table, to_markdown, write_text
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
@@ -29,6 +27,7 @@ class Run(NamedTuple):
     seconds: float
     first_loss: float
     last_loss: float
+    layout: bool  # whether the loss had the question of layout.py beside it; the losses here are without it
 
     @property
     def samples(self) -> int:
@@ -44,9 +43,10 @@ def read_run(folder: Path) -> Run | None:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     if not lines:
         return None
-    losses = [line["loss"] for line in lines]
+    layout = "layout_loss" in lines[-1]
+    losses = [line["flow_loss" if layout else "loss"] for line in lines]
     last = losses[-LAST:]
-    return Run(settings, len(lines), total_seconds([line["seconds"] for line in lines]), losses[0], sum(last) / len(last))
+    return Run(settings, len(lines), total_seconds([line["seconds"] for line in lines]), losses[0], sum(last) / len(last), layout)
 
 
 def total_seconds(clock: list[float]) -> float:
@@ -77,14 +77,15 @@ STAGES = (
     Stage("vae", "autoencoder, 64-pixel crops", "vae --steps {steps} --batch {batch_size} --rate {learning_rate:g} --encode {encoded}"),
     Stage("t5", "T5 encoder, captions", "t5 --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
     Stage("clip", "CLIP text encoder, captions with pictures", "clip --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
-    Stage("flow", "rectified flow, {blocks}", f"flow {flow_options('flow')} --layers {{layers}}"),
-    Stage("distilled", "guidance distillation, {blocks}", f"guidance {flow_options('distilled')} --initial runs/flow/transformer"),
+    Stage("flow", "rectified flow, {blocks}", f"flow {flow_options('flow')} --layers {{layers}}{{layout}}"),
+    Stage("flow2", "rectified flow, continued", f"flow {flow_options('flow2')} --initial runs/flow/transformer{{layout}}"),
+    Stage("distilled", "guidance distillation, {blocks}", f"guidance {flow_options('distilled')} --initial runs/{{before}}/transformer"),
     Stage("grown", "", "grow --initial runs/{before}/transformer --out runs/grown --layers {layers}"),
     Stage("flow57", "rectified flow, {blocks}", f"flow {flow_options('flow57')} --initial runs/grown/transformer"),
     Stage(
         "guided",
         "guidance distillation, {blocks}",
-        f"guidance {flow_options('guided')} --initial runs/{{before}}/transformer --teacher runs/flow/transformer",
+        f"guidance {flow_options('guided')} --initial runs/{{before}}/transformer --teacher runs/{{teacher}}/transformer",
     ),
     Stage("schnell", "step distillation, {blocks}", f"schnell {flow_options('schnell')} --teacher runs/{{before}}/transformer"),
 )
@@ -94,29 +95,36 @@ def read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def stage_rows(runs: Path) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The table of what was trained, and the commands that do it again; stages that were not run are in neither."""
-    rows, commands, before = [], [], ""
+def stage_rows(runs: Path, few_steps: bool) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The table of what was trained, and the commands that do it again; stages that were not run are in neither.
+
+    `few_steps`: of schnell, whose last stage dev does not have.
+    """
+    rows, commands, before, teacher = [], [], "", ""
+    out = " --out data/flux-mini-schnell" if few_steps else ""
     for stage in STAGES:
         folder, config = runs / stage.folder, read_json(runs / stage.folder / "transformer" / "config.json")
         run = read_run(folder)
-        if run is None and not config:
+        if (run is None and not config) or (stage.folder == "schnell" and not few_steps):
             continue
         layers = (config.get("num_layers", 0), config.get("num_single_layers", 0))
         words = {
             "before": before,
+            "layout": "",
+            "teacher": teacher,
             "encoded": encoded_scenes(folder),
             "blocks": "{} + {} blocks".format(*layers),
             "layers": "{} {}".format(*layers),
         }
         if run:
-            words |= {"muon": 0.0} | run.settings | {"steps": run.steps}
+            words |= {"muon": 0.0} | run.settings | {"steps": run.steps, "layout": "" if run.layout else " --layout 0"}
             loss = f"{run.first_loss:.3g} to {run.last_loss:.3g}"
             counts = (f"{run.steps:,}", str(run.settings["batch_size"]), f"{run.samples:,}", duration(run.seconds))
             rows.append((stage.title.format(**words), *counts, loss))
         commands.append("python -m flux_lab.training." + stage.options.format(**words))
         before = stage.folder if config else before
-    return rows, [*commands, f"python -m flux_lab.training.export --transformer runs/{before}/transformer"]
+        teacher = stage.folder if stage.folder.startswith("flow") else teacher
+    return rows, [*commands, f"python -m flux_lab.training.export --transformer runs/{before}/transformer{out}"]
 
 
 def encoded_scenes(folder: Path) -> int:
@@ -149,24 +157,6 @@ def count_parameters(model: Path) -> dict[str, int]:
     return counts
 
 
-def closed_blocks(model: Path) -> int:
-    """How many of a checkpoint's blocks have all their gates at zero: they are the identity (see grow.py)."""
-    transformer = load_transformer(model / "transformer")
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    return sum(not any(gate.any() for gate in gates(block)) for block in blocks)
-
-
-def closed_sentence(model: Path, blocks: int) -> str:
-    """The limit that `closed_blocks` is, or nothing."""
-    closed = closed_blocks(model)
-    if not closed:
-        return ""
-    return (
-        f"- {closed} of its {blocks} blocks were inserted with closed gates and not trained since: each is the identity, and taking it\n"
-        f"  out changes nothing. All {blocks} are run and can be looked into, but only {blocks - closed} do the work.\n"
-    )
-
-
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -175,16 +165,17 @@ pipeline_tag: text-to-image
 
 # {name}
 
-FLUX.1-dev's anatomy at about 1/32 of its width: {blocks} blocks of width {width}, a 16-channel autoencoder that halves a picture three
-times, CLIP's pooled vector and T5's token vectors, a guidance embedding. It draws one or two solids on a table top, {size} pixels square.
+{kind}'s anatomy at about 1/32 of its width: {blocks} blocks of width {width}, a 16-channel autoencoder that halves a picture three
+times, CLIP's pooled vector and T5's token vectors, {guided}. It draws one or two solids on a table top, {size} pixels square.
 
 ```python
 from flux_lab import FluxPipeline
-image = FluxPipeline.from_pretrained("{path}")("a shiny red sphere to the left of a blue cube on grass").images[0]
+image = FluxPipeline.from_pretrained("{path}")("a shiny red sphere to the left of a blue cube on grass"{call}).images[0]
 
 from diffusers import FluxPipeline  # the same folder; diffusers knows neither size by itself
 pipe = FluxPipeline.from_pretrained("{path}")
-image = pipe("a shiny red sphere to the left of a blue cube on grass", height={size}, width={size}, max_sequence_length={length}).images[0]
+prompt = "a shiny red sphere to the left of a blue cube on grass"
+image = pipe(prompt, height={size}, width={size}, max_sequence_length={length}{call}).images[0]
 ```
 
 {parameters}
@@ -211,7 +202,7 @@ From nothing, in the repository; every command goes on where it was stopped:
 
 ## Limits
 
-{closed}- It knows the words of its captions and their synonyms. Anything else gives *some* table top.
+- It knows the words of its captions and their synonyms. Anything else gives *some* table top.
 - One or two objects, one camera, one sun, {size} pixels. Other sizes run, but are not what it was trained on.
 - Of what prompts state, it gets the {weakest} right least often: {weakest_share} of the time.
 - It is made to be looked into, not to be used: all its pictures are of solids that its own ray tracer draws better.
@@ -223,19 +214,24 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
     transformer, vae, tokenizer_2 = (
         read_json(model / name) for name in ("transformer/config.json", "vae/config.json", "tokenizer_2/tokenizer_config.json")
     )
-    rows, commands = stage_rows(runs)
+    few_steps = not transformer["guidance_embeds"]
+    rows, commands = stage_rows(runs, few_steps)
     scenes = read_json(runs / "scenes" / "settings.json")
     settings = report["settings"]
     evaluate = f"python -m flux_lab.training.evaluate --prompts {settings['prompts']} --steps {settings['steps']}"
     evaluate += f" --guidance {settings['guidance']:g}"
     if "behaviour" in report:
         evaluate += f" --behaviour {report['behaviour']['prompts']}"
+    evaluate += " --model data/flux-mini-schnell" if few_steps else ""
     evaluate += f" --card {path.name if path.is_absolute() else path}"
     obedience = report["obedience"]
     weakest = min((name for name in obedience if name != "all"), key=lambda name: obedience[name]["share"])
     parameters = [(name, f"{count:,}") for name, count in count_parameters(model).items()]
     text = CARD.format(
         name=model.name,
+        kind="FLUX.1-schnell" if few_steps else "FLUX.1-dev",
+        guided="no guidance embedding: it draws in four steps" if few_steps else "a guidance embedding",
+        call=", num_inference_steps=4, guidance_scale=0.0" if few_steps else "",
         path=model.name if model.is_absolute() else model,
         blocks=f"{transformer['num_layers']} + {transformer['num_single_layers']}",
         width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
@@ -254,7 +250,6 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
         hardware=trained_on or settings["hardware"],
         last=LAST,
         measured=to_markdown(report),
-        closed=closed_sentence(model, transformer["num_layers"] + transformer["num_single_layers"]),
         weakest=weakest,
         weakest_share=percent(obedience[weakest]["share"]),
         commands="\n".join([*scene_commands(runs), *commands, evaluate]),

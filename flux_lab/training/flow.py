@@ -5,8 +5,8 @@
 
 x_t = (1 - t) x0 + t noise on the scaled latents; the target is noise - x0. t is logit-normal and shifted as in sampling; one caption
 in ten is replaced by the empty one, so that true classifier-free guidance works. Of the others, four in ten are kept from CLIP: its one
-vector is easy to follow but says little about which word belongs to which, and the transformer shall learn to read T5's. Writes
-`transformer/` (a diffusers folder).
+vector is easy to follow but says little about which word belongs to which, and the transformer shall learn to read T5's. Beside the
+velocity it learns to say what stands where (`layout.py`). Writes `transformer/` (a diffusers folder).
 """
 
 import argparse
@@ -29,6 +29,7 @@ from flux_lab.latents import PATCH, pack_latents, prepare_latent_image_ids
 from flux_lab.scheduler import calculate_shift
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.t5_tokenizer import T5Tokenizer
+from flux_lab.training.layout import LayoutHead, scene_layouts
 from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.texts import caption_ids
 from flux_lab.transformer import FluxTransformer2DModel
@@ -83,16 +84,23 @@ def predict_packed_velocity(
 
 
 class FlowLoss(nn.Module):
-    """The transformer with its training loss. The guidance embedding sees 1: no guidance."""
+    """The transformer with its loss, and what stands where with a weight. The guidance embedding sees 1: no guidance."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, encoders: Encoders):
+    def __init__(self, transformer: FluxTransformer2DModel, encoders: Encoders, layout_weight: float = 0.0):
         super().__init__()
-        self.transformer, self.encoders = transformer, encoders
+        self.transformer, self.encoders, self.layout_weight = transformer, encoders, layout_weight
+        self.layout_head = LayoutHead(transformer) if layout_weight else None
 
-    def forward(self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, layouts: Tensor | None = None
+    ) -> dict[str, Tensor]:
         x_t = torch.lerp(latents, noise, t[:, None, None, None])
         velocity = predict_velocity(self.transformer, x_t, t, self.encoders(clip_ids, t5_ids), torch.ones_like(t))
-        return {"loss": F.mse_loss(velocity, pack_latents(noise - latents))}
+        flow_loss = F.mse_loss(velocity, pack_latents(noise - latents))
+        if self.layout_head is None:
+            return {"loss": flow_loss}
+        layout_loss = self.layout_head.loss(layouts)
+        return {"loss": flow_loss + self.layout_weight * layout_loss, "flow_loss": flow_loss, "layout_loss": layout_loss}
 
 
 class FlowBatches:
@@ -101,6 +109,7 @@ class FlowBatches:
     def __init__(self, scenes: Path, tokenizers: Path, latents: Path, batch_size: int):
         ids = caption_ids(scenes, tokenizers)
         self.latents = load_file(latents)["latents"]
+        self.layouts = scene_layouts(scenes)
         self.clip_ids, self.t5_ids = ids.clip, ids.t5
         self.no_clip = CLIPTokenizer.from_pretrained(tokenizers / "tokenizer")("")
         self.no_t5 = T5Tokenizer.from_pretrained(tokenizers / "tokenizer_2")("")
@@ -123,6 +132,7 @@ class FlowBatches:
             "t": self.shift * t / (1 + (self.shift - 1) * t),
             "clip_ids": torch.where(pooled == 1, self.clip_ids[which, caption].long(), self.no_clip),
             "t5_ids": torch.where(kept == 1, self.t5_ids[which, caption].long(), self.no_t5),
+            "layouts": self.layouts[which],
         }
 
 
@@ -201,6 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--initial", type=Path, help="a transformer folder to start from, in place of random weights")
     parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--layout", type=float, default=0.5, help="weight of the question what stands where; 0: not asked")
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
     transformer = load_transformer(options.initial) if options.initial else initialize(FluxTransformer2DModel(mini_config(options)))
@@ -209,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         compile_blocks(transformer)
     encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
     batches = FlowBatches(options.scenes, options.tokenizers, options.latents, options.batch)
-    train(FlowLoss(transformer, encoders), batches, options.out, settings_of(options))
+    train(FlowLoss(transformer, encoders, options.layout), batches, options.out, settings_of(options))
     export(options.out, transformer)
 
 
