@@ -5,6 +5,7 @@ SHELL := /bin/sh
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+BITSANDBYTES := $(VENV)/bitsandbytes
 JOBS ?= 2
 PROMPT ?= a large shiny red sphere left of a small blue cube on a wooden floor
 SEED ?= 0
@@ -72,8 +73,9 @@ lab: setup ## set up if needed, then open lesson 00 in JupyterLab
 demo: setup ## draw PROMPT= and a film strip of its steps into outputs/
 	$(PY) -m flux_lab generate "$(PROMPT)" --seed $(SEED) --out outputs/demo.png --filmstrip outputs/demo_steps.png
 
-bench: setup ## time ours, the fast path and diffusers side by side; BENCH= takes options such as --quick
+bench: setup ## time ours, the fast path and diffusers side by side; BENCH= takes options such as --only step
 	$(PY) -m flux_lab bench --json outputs/bench.json $(BENCH)
+	$(PY) -m flux_lab.inference.benchmark_report outputs/bench.json
 
 # ---- for contributors ---------------------------------------------------------------------------------------------------
 
@@ -84,10 +86,16 @@ lint: setup ## ruff: lint and format
 check: lint ## lint and the quick tests, under two minutes
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not slow and not browser"
 
-test: lint ## everything: all tests, every notebook, JupyterLab in a browser
+test: lint $(BITSANDBYTES) ## everything: all tests, every notebook, JupyterLab in a browser
 	$(PYTEST) -n $(JOBS) --dist worksteal -m "not browser"
+	PYTHONPATH=$(BITSANDBYTES) $(PYTEST) tests/test_inference_int8.py tests/test_inference_nf4.py tests/test_inference_bitsandbytes_layers.py
 	$(if $(wildcard notebooks/*.ipynb),$(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=300 -n $(JOBS) --dist loadscope notebooks)
-	$(PYTEST) -m browser tests/browser
+	$(PYTEST) -n $(JOBS) --dist load -m browser tests/browser
+
+# The reference for quantized layers. It stands apart from all else: where diffusers finds it, every notebook says so in its output.
+$(BITSANDBYTES): constraints.txt | $(READY)
+	$(PY) -m pip install -q --upgrade --no-deps --target $@ "$$(sed -n '/^bitsandbytes==/p' constraints.txt)"
+	@touch $@
 
 notebooks: setup ## build and run the notebooks whose source changed
 	$(PY) notebooks/build.py

@@ -20,6 +20,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.clip import CLIPTextModel
@@ -258,13 +259,22 @@ def load_component(
     header = _read_header(component, location)
     pieces = _name_pieces(component, header)
     config = config or _read_config(component, location, pieces, header)
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialized():
         model = component.model(config)
     names = list(model.state_dict())
     sources = _match(component, location, model, pieces, header)
     tensors = _read_tensors(component, sources, dtype, device)
     model.load_state_dict({name: tensors[component.tied.get(name, name)] for name in names}, strict=True, assign=True)
     return model.eval()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: no numbers are drawn that the file's are about to replace. Drawing on `meta` takes seconds."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
 
 
 # ------------------------------------------------------------------------------------------------------------- 1. find the files

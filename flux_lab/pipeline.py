@@ -182,10 +182,10 @@ class FluxPipeline:
         # 2. Encode the prompt, and the negative prompt where it is used.
         options = {"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length}
         text = self.encode_prompt(prompt, prompt_2, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, **options)
-        negative = None
+        texts = [text]
         if use_negative:
             given = {"prompt_embeds": negative_prompt_embeds, "pooled_prompt_embeds": negative_pooled_prompt_embeds}
-            negative = _for_each(text, self.encode_prompt(negative_prompt, negative_prompt_2, **given, **options))
+            texts.append(_for_each(text, self.encode_prompt(negative_prompt, negative_prompt_2, **given, **options)))
 
         # 3. Draw the noise, pack it into tokens, number the tokens.
         latents, img_ids = self._prepare_latents(text.prompt_embeds, height, width, generator, latents)
@@ -196,10 +196,7 @@ class FluxPipeline:
 
         # 5. Walk from noise to picture: ask for the velocity, take one Euler step, again and again.
         for index, timestep in enumerate(self.scheduler.timesteps):
-            velocity = self._velocity(latents, timestep, text, img_ids, guidance)
-            if negative is not None:
-                without = self._velocity(latents, timestep, negative, img_ids, guidance)
-                velocity = without + true_cfg_scale * (velocity - without)
+            velocity = self._guided_velocity(latents, index, texts, img_ids, guidance, true_cfg_scale)
             sigma, sigma_next = self.scheduler.sigmas[index : index + 2]
             x0 = (latents - sigma * velocity).to(latents.dtype)
             latents = self.scheduler.step(
@@ -213,11 +210,13 @@ class FluxPipeline:
                 latents=latents,
                 velocity=velocity,
                 x0=x0,
-                prompt_embeds=text.prompt_embeds,
+                prompt_embeds=texts[0].prompt_embeds,
                 decode=lambda tokens: self.decode(tokens, height, width),
             )
             yield state
-            latents, text = state.latents, text._replace(prompt_embeds=state.prompt_embeds)
+            latents = state.latents
+            if state.prompt_embeds is not texts[0].prompt_embeds:
+                texts = [texts[0]._replace(prompt_embeds=state.prompt_embeds), *texts[1:]]
 
     def __call__(
         self,
@@ -294,6 +293,21 @@ class FluxPipeline:
         mu = calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
         self.scheduler.set_timesteps(sigmas=default_sigmas(num_inference_steps) if sigmas is None else sigmas, mu=mu, device=device)
         self.scheduler.set_begin_index(0)
+
+    def _guided_velocity(
+        self,
+        latents: Tensor,
+        index: int,
+        texts: list[PromptEmbeds],
+        img_ids: Tensor,
+        guidance: Tensor | None,
+        true_cfg_scale: float,
+    ) -> Tensor:
+        """The velocity at step `index`; with a second, negative text, moved away from what that gives. `texts` are a new list when
+        they have changed."""
+        timestep = self.scheduler.timesteps[index]
+        velocity, *without = [self._velocity(latents, timestep, text, img_ids, guidance) for text in texts]
+        return without[0] + true_cfg_scale * (velocity - without[0]) if without else velocity
 
     def _velocity(self, latents: Tensor, timestep: Tensor, text: PromptEmbeds, img_ids: Tensor, guidance: Tensor | None) -> Tensor:
         return self.transformer(

@@ -80,3 +80,9 @@ class FluxTransformer2DModel(nn.Module):
             )
         if not self.config.guidance_embeds and guidance is not None:
             raise ValueError("guidance: this model has no guidance embedding (guidance_embeds=False), expected None")
+
+
+def named_blocks(transformer: FluxTransformer2DModel) -> dict[str, nn.Module]:
+    """Block by its name, `double 00` ... `single 37`, in the order in which they run."""
+    kinds = {"double": transformer.transformer_blocks, "single": transformer.single_transformer_blocks}
+    return {f"{kind} {index:02d}": block for kind, blocks in kinds.items() for index, block in enumerate(blocks)}

@@ -36,7 +36,12 @@ OF_THE_MACHINE = re.compile(
 PICTURES = ("image/png", "image/jpeg", "image/gif", "image/webp", "image/svg+xml")
 METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
-    "language_info": {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"},
+    "language_info": {
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "name": "python",
+        "pygments_lexer": "ipython3",
+    },
 }
 
 
@@ -75,7 +80,9 @@ def read_source(source: Path) -> NotebookNode:
     """The source as a notebook: stable cell ids, fixed metadata, tags kept. Raises ValueError for a solution without an exercise."""
     notebook = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
     notebook.nbformat, notebook.nbformat_minor = 4, 5
-    notebook.metadata = nbformat.from_dict({**METADATA, "flux_lab": {"source_sha256": source_hash(source)}})
+    notebook.metadata = nbformat.from_dict(
+        {**METADATA, "flux_lab": {"source_sha256": source_hash(source)}}
+    )
     exercise_seen = False
     for number, cell in enumerate(notebook.cells):
         tags = cell.metadata.get("tags", [])
@@ -83,14 +90,18 @@ def read_source(source: Path) -> NotebookNode:
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         exercise_seen |= has_tag(cell, "exercise")
         if has_tag(cell, "solution") and not exercise_seen:
-            raise ValueError(f"{source.name}: cell {number} is tagged `solution`, but no cell before it is tagged `exercise`")
+            raise ValueError(
+                f"{source.name}: cell {number} is tagged `solution`, but no cell before it is tagged `exercise`"
+            )
     return notebook
 
 
 def fold_solutions(notebook: NotebookNode) -> NotebookNode:
     """What a learner gets: every solution as a collapsed block of markdown."""
     notebook = copy.deepcopy(notebook)
-    notebook.cells = [folded(cell) if has_tag(cell, "solution") else cell for cell in notebook.cells]
+    notebook.cells = [
+        folded(cell) if has_tag(cell, "solution") else cell for cell in notebook.cells
+    ]
     return notebook
 
 
@@ -109,7 +120,9 @@ def apply_solutions(notebook: NotebookNode) -> NotebookNode:
             stub = cell if has_tag(cell, "exercise") else stub
             solved.append(cell)
         elif cell.cell_type == "code":
-            stub.source = cell.source if has_tag(stub, "exercise") else f"{stub.source}\n\n\n{cell.source}"
+            stub.source = (
+                cell.source if has_tag(stub, "exercise") else f"{stub.source}\n\n\n{cell.source}"
+            )
             stub.metadata.tags = [tag for tag in stub.metadata.tags if tag != "exercise"]
     notebook.cells = solved
     return notebook
@@ -118,15 +131,22 @@ def apply_solutions(notebook: NotebookNode) -> NotebookNode:
 # ---- running and cleaning -----------------------------------------------------------------------------------------------
 
 
-def execute(notebook: NotebookNode, folder: Path, allow_errors: bool = False, **environment: str) -> NotebookNode:
+def execute(
+    notebook: NotebookNode, folder: Path, allow_errors: bool = False, **environment: str
+) -> NotebookNode:
     """Run every cell in a fresh kernel that works in `folder`. Raises CellExecutionError, unless errors are allowed.
 
     No progress is recorded, unless `environment` says where.
     """
     settings = {"timeout": CELL_TIMEOUT, "kernel_name": "python3", "allow_errors": allow_errors}
-    settings |= {"record_timing": False, "coalesce_streams": True}  # whatever the time took, the notebook is the same
+    settings |= {
+        "record_timing": False,
+        "coalesce_streams": True,
+    }  # whatever the time took, the notebook is the same
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings)
-    return client.execute(env={**os.environ, "PYTHONHASHSEED": "0", "FLUX_LAB_PROGRESS": "", **environment})
+    return client.execute(
+        env={**os.environ, "PYTHONHASHSEED": "0", "FLUX_LAB_PROGRESS": "", **environment}
+    )
 
 
 def clean(notebook: NotebookNode) -> list[str]:
@@ -174,8 +194,14 @@ def cell_problems(cell: NotebookNode) -> Iterator[str]:
         if output.output_type == "error":
             yield f"it stopped with {output.ename}: {output.evalue}"
         data, metadata = output.get("data", {}), output.get("metadata", {})
-        for text in (output.get("text", ""), *(data.get(f"text/{form}", "") for form in ("plain", "html", "markdown"))):
-            yield from (f"it shows {trace}, which is of this machine only" for trace in traces_of_the_machine(text))
+        for text in (
+            output.get("text", ""),
+            *(data.get(f"text/{form}", "") for form in ("plain", "html", "markdown")),
+        ):
+            yield from (
+                f"it shows {trace}, which is of this machine only"
+                for trace in traces_of_the_machine(text)
+            )
         if WIDGET in data:
             yield "a widget without a still picture: publish the widget's view and a PNG in one display call"
         for picture in PICTURES:
@@ -197,7 +223,9 @@ def pictures_without_alt(text: str) -> Iterator[str]:
     for match in re.finditer(r"!\[\s*\]\(([^)]{0,60})", prose):
         yield f"a markdown picture without alt text: {match.group(1)}"
     for match in re.finditer(r"<img\b(?:\"[^\"]*\"|'[^']*'|[^>\"'])*>", prose, flags=re.IGNORECASE):
-        if not re.search(r"""\balt\s*=\s*(?:"\s*[^"\s]|'\s*[^'\s])""", match.group(), flags=re.IGNORECASE):
+        if not re.search(
+            r"""\balt\s*=\s*(?:"\s*[^"\s]|'\s*[^'\s])""", match.group(), flags=re.IGNORECASE
+        ):
             yield f"an <img> without alt text: {match.group()[:60]}"
 
 
@@ -218,7 +246,9 @@ def write(notebook: NotebookNode, path: Path) -> None:
     """Write beside the target and rename, so that a reader never meets half a notebook."""
     nbformat.validate(notebook)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8", newline="\n") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8", newline="\n"
+    ) as file:
         file.write(nbformat.writes(notebook).rstrip("\n") + "\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
@@ -226,9 +256,17 @@ def write(notebook: NotebookNode, path: Path) -> None:
 
 def check() -> int:
     """Print every notebook that is older than its source or has none."""
-    stale = [f"{target(source).name} is older than src/{source.name}" for source in sources() if is_stale(source)]
+    stale = [
+        f"{target(source).name} is older than src/{source.name}"
+        for source in sources()
+        if is_stale(source)
+    ]
     known = {target(source) for source in sources()}
-    stale += [f"{path.name} has no source in src/" for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path not in known]
+    stale += [
+        f"{path.name} has no source in src/"
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+        if path not in known
+    ]
     print("\n".join(stale) if stale else "every notebook is as new as its source")
     return int(bool(stale))
 
@@ -236,7 +274,9 @@ def check() -> int:
 def chosen(stems: list[str]) -> list[Path]:
     by_stem = {source.stem: source for source in sources()}
     if unknown := [stem for stem in stems if stem not in by_stem]:
-        raise SystemExit(f"no such lesson: {', '.join(unknown)}; there are {', '.join(by_stem) or 'none'}")
+        raise SystemExit(
+            f"no such lesson: {', '.join(unknown)}; there are {', '.join(by_stem) or 'none'}"
+        )
     return [by_stem[stem] for stem in stems] if stems else list(by_stem.values())
 
 
@@ -248,7 +288,9 @@ def build_all(lessons: list[Path], force: bool) -> int:
             continue
         try:
             write(notebook := build(source), target(source))
-            print(f"{source.stem}: {len(notebook.cells)} cells, {target(source).stat().st_size:,} bytes")
+            print(
+                f"{source.stem}: {len(notebook.cells)} cells, {target(source).stat().st_size:,} bytes"
+            )
         except (CellExecutionError, ValueError) as error:
             print(f"{source.stem}: {error}", file=sys.stderr)
             failed += 1
@@ -257,10 +299,20 @@ def build_all(lessons: list[Path], force: bool) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build and run the lessons.")
-    parser.add_argument("lesson", nargs="*", help="stems such as 04_rope; all lessons if none is named")
-    parser.add_argument("--force", action="store_true", help="build notebooks that are as new as their source too")
-    parser.add_argument("--check", action="store_true", help="only name the notebooks that are older than their source")
-    parser.add_argument("--solutions", action="store_true", help="write the solved lessons, not run, into --out")
+    parser.add_argument(
+        "lesson", nargs="*", help="stems such as 04_rope; all lessons if none is named"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="build notebooks that are as new as their source too"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only name the notebooks that are older than their source",
+    )
+    parser.add_argument(
+        "--solutions", action="store_true", help="write the solved lessons, not run, into --out"
+    )
     parser.add_argument("--out", type=Path, help="folder for --solutions")
     options = parser.parse_args(arguments)
     if options.solutions != (options.out is not None):

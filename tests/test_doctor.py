@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flux_lab import __version__
+from flux_lab.inference.memory import plan
 from flux_lab.instruments import doctor
 from flux_lab.instruments.doctor import GIB, Device, Need, checksums, needs, report, shorten, verdict
 
@@ -51,15 +52,18 @@ def test_missing_miniature_is_said_not_raised(monkeypatch: pytest.MonkeyPatch, t
     assert line.startswith("NOT USABLE: ")
 
 
-def test_needs_of_flux_follow_from_its_configuration() -> None:
-    """Every parameter at two bytes, and a half and a quarter of that for the large models, with a few percent for scales."""
-    whole = {need.name: need.whole for need in needs()}
-    bf16 = 2 * (11_901_408_320 + 4_762_310_656 + 123_060_480 + 83_819_683)
-    assert whole["FLUX.1-dev, bfloat16"] == bf16
-    assert 0.50 < whole["FLUX.1-dev, 8-bit"] / bf16 < 0.53
-    assert 0.28 < whole["FLUX.1-dev, 4-bit"] / bf16 < 0.31
-    assert whole["miniature, float32"] < GIB / 8
-    assert {need.name: need.largest for need in needs()}["FLUX.1-dev, bfloat16"] == 2 * 11_901_408_320
+@pytest.mark.parametrize(("name", "bits"), [("bfloat16", 16), ("8-bit", 8), ("4-bit", 4)])
+def test_needs_of_flux_are_the_planners(name: str, bits: int) -> None:
+    """To the byte: every parameter, T5's `wo` as it is, scales of rows, of blocks and of blocks of blocks."""
+    planned = plan("dev", bits=bits, hoisted=False)
+    found = {need.name: need for need in needs()}[f"FLUX.1-dev, {name}"]
+    assert found.whole == sum(stage.weights for stage in planned.stages)
+    assert found.largest == planned["denoise"].weights
+
+
+def test_needs_of_the_miniature_are_the_planners() -> None:
+    planned = plan("mini", bits=32, hoisted=False)
+    assert needs()[0].whole == sum(stage.weights for stage in planned.stages) < GIB / 8
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(40, "yes"), (34, "yes"), (33, "by parts"), (25, "by parts"), (24, "no")])

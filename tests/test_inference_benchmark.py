@@ -1,5 +1,6 @@
 """flux_lab.inference.benchmark: turns, ratios, the table and the file, on cases that take no time."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from flux_lab import __main__ as command_line
 from flux_lab.inference import benchmark
-from flux_lab.inference.benchmark import HEADER, Spread, alternate, cells, measure, product_rate, report, run, spread
+from flux_lab.inference.benchmark import HEADER, Spread, alternate, cells, counted, measure, memory_rate, product_rate, report, run, spread
 from flux_lab.inference.benchmark_cases import CASES, FAST, OURS, REFERENCE, Case, Settings
 
 SETTINGS = Settings(repeats=4, product=16)
@@ -50,9 +51,17 @@ def test_spread():
 
 
 def test_sides_take_turns(clock):
-    times = alternate({"a": clock("a", 1, 2, 3), "b": clock("b", 10, 20, 30)}, repeats=3, device="cpu")
+    times = alternate({"a": clock("a", 1, 2, 3), "b": clock("b", 10, 20, 30)}, Settings(repeats=3))
     assert times == {"a": [1, 2, 3], "b": [10, 20, 30]}
     assert clock.order == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_a_long_case_is_repeated_three_times(clock):
+    sides = {"a": clock("a", *[5] * 9), "b": clock("b", *[6] * 9)}
+    assert [len(times) for times in alternate(sides, Settings(repeats=9, seconds=40)).values()] == [4, 4], (
+        "the fifth would begin after 44 s"
+    )
+    assert [len(times) for times in alternate({"a": clock("a", *[50] * 9)}, Settings(repeats=9, seconds=40)).values()] == [3]
 
 
 def test_ratio_is_taken_within_a_round(clock):
@@ -76,9 +85,20 @@ def test_result_is_compared_and_work_counted(case):
     assert reference.peak_bytes > ours.peak_bytes >= 4 * 8 * 10
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_the_attention_product_is_counted(inference):
+    def attend():
+        with torch.inference_mode(inference):
+            return torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 5, 8))
+
+    _, flops, _ = counted(attend, Case("attention", {}, weights=[]))
+    assert flops == 4 * 5 * 5 * 2 * 8
+
+
 def test_product_rate(clock, monkeypatch):
     monkeypatch.setattr(benchmark, "seconds_of", lambda call, device: 0.5)
     assert product_rate(10, torch.float32, "cpu") == 4000
+    assert memory_rate("cpu", count=1000) == 2 * 4 * 1000 / 0.5
 
 
 def test_table_and_file(case, monkeypatch, tmp_path, capsys):
@@ -95,7 +115,19 @@ def test_table_and_file(case, monkeypatch, tmp_path, capsys):
     first, second, _ = written["results"]
     assert first["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert (second["case"], second["side"], second["flops"]) == ("product", OURS, 1440)
-    assert [path.name for path in file.parent.iterdir()] == ["bench.json"]
+    assert set(written["rates"]) == {"memory", "float32"}
+    assert sorted(path.name for path in file.parent.iterdir()) == ["bench.json", "bench.png"]
+
+
+def test_pieces_come_together_in_one_file(case, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(CASES, "product", lambda settings: iter([case]))
+    monkeypatch.setitem(CASES, "other", lambda settings: iter([dataclasses.replace(case, name="another")]))
+    file = tmp_path / "bench.json"
+    for name in ("product", "other", "product"):
+        report([name], SETTINGS, file)
+    assert [result["case"] for result in json.loads(file.read_text())["results"]] == ["another"] * 3 + ["product"] * 3
+    with pytest.raises(ValueError, match=r"--json: bench.json holds results for repeats 4, now 5: choose another file, or remove it"):
+        report(["product"], dataclasses.replace(SETTINGS, repeats=5), file)
 
 
 def test_cells_without_numbers_are_empty(case):
@@ -113,8 +145,10 @@ def test_rate_is_measured_once_for_each_dtype(case, monkeypatch):
     measured = []
     monkeypatch.setattr(benchmark, "product_rate", lambda size, dtype, device: measured.append(dtype) or 1.0)
     monkeypatch.setitem(CASES, "product", lambda settings: iter([case, case]))
-    assert len(list(run(["product", "product"], SETTINGS))) == 4
+    rates = {}
+    assert len(list(run(["product", "product"], SETTINGS, rates))) == 4
     assert measured == [torch.float32]
+    assert rates == {torch.float32: 1.0}
 
 
 def test_command(monkeypatch, capsys):

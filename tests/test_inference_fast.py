@@ -119,7 +119,7 @@ def test_a_planted_bug_is_noticed(dev, part):
     def broken(*arguments):
         prepared = prepare(*arguments)
         if part == "modulation":
-            prepared.modulations[1] = prepared.modulations[1].flip(0)  # the steps the other way round
+            prepared.modulation = prepared.modulation.flip(0)  # the steps the other way round
         if part == "rotation":
             prepared.rotation[..., 1] *= -1
         return prepared

@@ -7,8 +7,9 @@ import torch
 from conftest import randomize_
 
 from flux_lab.autoencoder import AutoencoderKL, Upsample2D
-from flux_lab.config import TINY_VAE
-from flux_lab.inference.fast_autoencoder import FastUpsample2D, fast_autoencoder
+from flux_lab.config import FLUX_VAE, TINY_VAE
+from flux_lab.inference.fast_autoencoder import FastUpsample2D, fast_autoencoder, normalize_
+from flux_lab.inference.live_bytes import FusedAttention, LiveBytes
 
 
 def make_pair(**options):
@@ -41,6 +42,27 @@ def test_weights_lie_channels_last_and_the_models_do_not():
     kernels = [parameter for parameter in faster.parameters() if parameter.ndim == 4 and parameter.shape[2] > 1]
     assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("groups", [2, 3, 8])
+def test_norm_in_place(groups):
+    norm, x = randomize_(torch.nn.GroupNorm(groups, 24)), torch.randn(2, 24, 5, 3)
+    wanted = norm(x)
+    assert normalize_(norm, x) is x
+    torch.testing.assert_close(x, wanted)
+
+
+def test_less_memory():
+    """Of decoding 512 x 512 pixels at the real width: counted on `meta`, which takes none."""
+    with torch.device("meta"):
+        model = AutoencoderKL(FLUX_VAE)
+        faster, latents = fast_autoencoder(model), torch.empty(1, 16, 64, 64)
+        peaks = []
+        for each in (model, faster):
+            with LiveBytes(ignored=each.parameters(), meta=True) as live, FusedAttention(), torch.no_grad():
+                each.decode(latents)
+            peaks.append(live.peak)
+    assert peaks[1] <= 0.7 * peaks[0]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4, 3)])

@@ -28,6 +28,17 @@ def test_counting(device):
     assert other.peak == 0
 
 
+def test_history():
+    with LiveBytes(every=2) as live:
+        kept = [torch.zeros(100) for _ in range(6)]
+        del kept[:]
+        torch.zeros(10), torch.zeros(10)
+    seconds, alive = zip(*live.history, strict=True)
+    assert list(alive[:3]) == [800, 1600, 2400]
+    assert alive[3] < 800
+    assert list(seconds) == sorted(seconds)
+
+
 def test_ignored():
     weight, x = torch.empty(100, 100), torch.empty(3, 100)
     with LiveBytes(ignored=[weight]) as live:

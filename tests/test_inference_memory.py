@@ -5,6 +5,7 @@ import torch
 from test_pipeline import KINDS, write_random
 
 from flux_lab.__main__ import main
+from flux_lab.inference import stages
 from flux_lab.inference.live_bytes import LiveBytes
 from flux_lab.inference.memory import BudgetError, plan
 from flux_lab.inference.quantization import SCHEMES, quantize_checkpoint
@@ -44,6 +45,29 @@ def test_planned_peak_is_the_measured_one(folder, scheme, hoisted):
     texts = {"": (["a red cube"] * 2, None), "negative_": (["a cone"] * 2, None)} if hoisted else {"": ("a red cube", None)}
     for name, (measured, planned) in peaks(staged, texts, batch=len(texts)).items():
         assert planned == pytest.approx(measured, rel=0.1), name
+
+
+def activations_forgotten(monkeypatch):
+    monkeypatch.setattr(stages, "_activations", lambda run, *models: 0)
+
+
+def one_block_of_each_kind(monkeypatch):
+    resident = stages.resident
+    monkeypatch.setattr(stages, "resident", lambda model, counts, *rest: resident(model, dict.fromkeys(counts, 1), *rest))
+
+
+def scales_forgotten(monkeypatch):
+    """Every number in the 16 bits that it had before it was quantized."""
+    monkeypatch.setattr(stages, "_quantized", lambda model, bits: (model, 0))
+
+
+@pytest.mark.parametrize(("bug", "scheme"), [(activations_forgotten, None), (one_block_of_each_kind, None), (scales_forgotten, "nf4")])
+def test_planted_bugs_are_noticed(folder, bug, scheme, monkeypatch):
+    bug(monkeypatch)
+    staged = load_staged(folder, quantize=scheme, dtype=torch.float32, hoisted=False)
+    staged.set_progress_bar_config(disable=True)
+    found = peaks(staged, {"": ("a red cube", None)}, batch=1).values()
+    assert any(planned != pytest.approx(measured, rel=0.1) for measured, planned in found)
 
 
 def test_planned_peak_when_streamed(folder, tmp_path):

@@ -69,6 +69,16 @@ def test_matrix_equals_bitsandbytes(shape, dtype):
     torch.testing.assert_close(dequantize_nf4(quantized, *shape), expected.reshape(shape), rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (150, 129)])
+def test_piece_by_piece_is_the_same(shape, dtype, monkeypatch):
+    quantized = quantize_nf4(torch.randn(shape))
+    whole = dequantize_nf4(quantized, *shape, dtype)
+    assert whole.dtype == dtype
+    assert torch.equal(whole, dequantize_nf4(quantized, *shape).to(dtype))
+    monkeypatch.setattr(nf4, "PIECE", 4)
+    assert torch.equal(dequantize_nf4(quantized, *shape, dtype), whole)
+
+
 def test_what_a_weight_costs():
     quantized = quantize_nf4(torch.randn(512, 512))
     bits = 8 * sum(tensor.nbytes for tensor in quantized) / 512**2

@@ -111,6 +111,14 @@ def test_clear_errors_of_quantize():
         quantize(broken, "int8")
 
 
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="device: expected one that is here, got 'cuda:77'"):
+        quantize(make(), "int8", device="cuda:77")
+    save_quantized(quantize(make(), "int8"), tmp_path)
+    with pytest.raises(ValueError, match="device: expected one that is here, got 'cuda:77'"):
+        load_quantized(tmp_path, device="cuda:77")
+
+
 def test_clear_errors_of_save_and_load(tmp_path):
     with pytest.raises(ValueError, match="got FluxTransformer2DModel, not quantized"):
         save_quantized(make(), tmp_path / "plain")

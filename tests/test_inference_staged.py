@@ -1,6 +1,7 @@
 """flux_lab.inference.staged: the pipeline's own picture, one stage in memory at a time."""
 
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from test_pipeline import CASES, KINDS, PROMPT, SETTINGS, seeded, write_random
 from flux_lab import data_dir
 from flux_lab.checkpoints import CheckpointError
 from flux_lab.inference import staged as module
+from flux_lab.inference.hoisting import HoistedConditioning
 from flux_lab.inference.memory import BudgetError
 from flux_lab.inference.quantization import SCHEMES, quantize_checkpoint
 from flux_lab.inference.staged import load_staged
 from flux_lab.pipeline import FluxPipeline
+from flux_lab.prompt import encode_prompt
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=KINDS)
@@ -73,16 +76,16 @@ def test_quantized_on_the_way_or_before(folder, scheme, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["dev"], indirect=True)
-def test_stages_one_after_the_other(folder, monkeypatch):
+@pytest.mark.parametrize("freed", [True, False], ids=["freed", "a stage that is not freed is noticed"])
+def test_stages_one_after_the_other(folder, freed, monkeypatch):
     """When one stage loads, the models of the one before are gone."""
-    import weakref
-
-    alive, most = [], []
+    alive, most, kept = [], [], []
 
     def watch(load):
         def watched(*arguments, **options):
             model = load(*arguments, **options)
             alive.append((type(model).__name__, weakref.ref(model)))
+            kept.extend([] if freed else [model])
             most.append([name for name, model in alive if model() is not None])
             return model
 
@@ -91,7 +94,41 @@ def test_stages_one_after_the_other(folder, monkeypatch):
     for name in ("load_clip", "load_lean", "load_autoencoder"):
         monkeypatch.setattr(module, name, watch(getattr(module, name)))
     staged_pipe(folder)(PROMPT, **SETTINGS)
-    assert most == [["CLIPTextModel"], ["CLIPTextModel", "T5EncoderModel"], ["FluxTransformer2DModel"], ["AutoencoderKL"]]
+    one_by_one = [["CLIPTextModel"], ["CLIPTextModel", "T5EncoderModel"], ["FluxTransformer2DModel"], ["AutoencoderKL"]]
+    assert (most == one_by_one) == freed
+
+
+def texts_swapped(monkeypatch):
+    encode = module.StagedPipeline.encode
+
+    def bug(self, texts, *arguments, **options):
+        return encode(self, dict(zip(texts, reversed(texts.values()), strict=True)), *arguments, **options)
+
+    monkeypatch.setattr(module.StagedPipeline, "encode", bug)
+
+
+def pooled_text_lost(monkeypatch):
+    def bug(encoders, *arguments, **options):
+        text = encode_prompt(encoders, *arguments, **options)
+        return text._replace(pooled_prompt_embeds=torch.zeros_like(text.pooled_prompt_embeds))
+
+    monkeypatch.setattr(module, "encode_prompt", bug)
+
+
+def tables_of_other_steps(monkeypatch):
+    """Each step looks up what was computed for the next."""
+    find = HoistedConditioning._find
+    monkeypatch.setattr(HoistedConditioning, "_find", lambda self, given: (find(self, given) + 1) % len(self.known))
+
+
+@pytest.mark.parametrize("folder", ["dev"], indirect=True)
+@pytest.mark.parametrize("bug", [None, texts_swapped, pooled_text_lost, tables_of_other_steps])
+def test_planted_bugs_are_noticed(folder, bug, monkeypatch):
+    arguments = SETTINGS | CASES["negative_2"] | {"output_type": "pt"}
+    expected = quiet(FluxPipeline.from_pretrained(folder))(**arguments, generator=seeded()).images
+    if bug is not None:
+        bug(monkeypatch)
+    assert torch.equal(staged_pipe(folder)(**arguments, generator=seeded()).images, expected) == (bug is None)
 
 
 @pytest.mark.parametrize("folder", ["dev"], indirect=True)

@@ -1,7 +1,10 @@
 """flux_lab.inference.streaming: the same result with few blocks in memory at once."""
 
 import contextlib
+import mmap
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize_
@@ -12,9 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from flux_lab.checkpoints import save_model
 from flux_lab.config import TINY, TINY_T5
-from flux_lab.inference import streaming
+from flux_lab.inference import streaming, weight_files
 from flux_lab.inference.quantization import SCHEMES, quantize, save_quantized
 from flux_lab.inference.streaming import blocks_of, offloaded, streamed
+from flux_lab.inference.weight_files import PAGE, ReusedMemory, WeightFiles, read_past_cache
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -111,6 +115,73 @@ def test_too_small_a_budget(name, tmp_path):
     assert torch.equal(model(**inputs), make(name)(**inputs)), "its weights are back"
 
 
+# ------------------------------------------------------------------------------------------------------------- planted bugs
+
+
+def other_blocks_weights(monkeypatch):
+    """The second block gets the first one's weights."""
+    read = WeightFiles.copy
+
+    def bug(self, names, device="cpu"):
+        names = list(names)
+        tensors = read(self, [name.replace("transformer_blocks.1.", "transformer_blocks.0.") for name in names], device)
+        return dict(zip(names, tensors.values(), strict=True))
+
+    monkeypatch.setattr(WeightFiles, "copy", bug)
+
+
+def memory_used_again_too_early(monkeypatch):
+    """The next block is read over the one that computes. Without the thread, so that it is not a matter of luck."""
+    memory = np.frombuffer(mmap.mmap(-1, 2**24), np.uint8)
+    monkeypatch.setattr(ReusedMemory, "take", lambda self, size: memory[:size])
+    monkeypatch.setattr(streaming, "ThreadPoolExecutor", SameThread)
+
+
+class SameThread:
+    def __init__(self, **_):
+        pass
+
+    def submit(self, call, *arguments):
+        result = call(*arguments)
+        return SimpleNamespace(result=lambda: result)
+
+    def shutdown(self, **_):
+        pass
+
+
+def one_number_less_is_read(monkeypatch):
+    """The last page of what is read stays what it was."""
+
+    def bug(file, start, memory):
+        read_past_cache(file, start, memory[:-PAGE])
+        return len(memory)
+
+    monkeypatch.setattr(weight_files, "read_past_cache", bug)
+
+
+@pytest.mark.parametrize("bug", [None, other_blocks_weights, memory_used_again_too_early, one_number_less_is_read])
+def test_planted_bugs_are_noticed(bug, tmp_path, monkeypatch):
+    model, inputs = make(), inputs_of("transformer")
+    save_model(model, tmp_path)
+    exact = model(**inputs)
+    if bug is not None:
+        bug(monkeypatch)
+    with streamed(tmp_path) as ready:
+        assert torch.equal(ready(**inputs), exact) == (bug is None)
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_a_block_that_is_not_freed_is_noticed(freed, tmp_path, monkeypatch, resident):
+    model = make()
+    save_model(model, tmp_path)
+    budget = fixed_bytes(model) + 2 * max(block_bytes(model)) + 100
+    if not freed:
+        monkeypatch.setattr(streaming.Streamer, "_take_away", lambda self, index: None)
+    with streamed(tmp_path, budget) as ready:
+        ready(**inputs_of("transformer"))
+    assert (resident[0].peak <= budget) == freed
+
+
 @EVERY_MODEL
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized(name, scheme, tmp_path):
@@ -138,6 +209,16 @@ def test_an_error_inside_a_block_leaves_nothing_behind(tmp_path):
             ready(**inputs | {"img_ids": torch.zeros(16, 3)})
         ready(**inputs)
     assert all(parameter.is_meta for parameter in ready.parameters())
+
+
+def test_a_device_that_is_not_there(tmp_path):
+    save_model(make(), tmp_path)
+    with pytest.raises(ValueError, match="device: expected one that is here, got 'cuda:77'"), streamed(tmp_path, device="cuda:77"):
+        pass
+    model = make()
+    with pytest.raises(ValueError, match="device: expected one that is here, got 'cuda:77'"), offloaded(model, "cuda:77"):
+        pass
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def test_another_model_has_no_blocks():

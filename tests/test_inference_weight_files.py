@@ -1,5 +1,6 @@
 """flux_lab.inference.weight_files: the tensors that safetensors itself reads, mapped."""
 
+import errno
 import gc
 import os
 
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from flux_lab.checkpoints import CheckpointError
-from flux_lab.inference.weight_files import WeightFiles, read_header
+from flux_lab.inference.weight_files import PAGE, WeightFiles, read_header, spans_of
 
 
 def make(folder):
@@ -54,6 +55,58 @@ def test_the_file_cannot_be_changed_through_a_tensor(tmp_path):
     tensors = make(tmp_path)
     WeightFiles(tmp_path)["codes"].zero_()
     assert torch.equal(WeightFiles(tmp_path)["codes"], tensors["codes"])
+
+
+@pytest.mark.parametrize("cast", [None, torch.float16], ids=str)
+def test_copies_are_the_same(cast, tmp_path):
+    make(tmp_path)
+    files = WeightFiles(tmp_path, cast)
+    copies, mapped = files.copy(files), files.read(files)
+    for name, tensor in mapped.items():
+        assert copies[name].dtype == tensor.dtype
+        assert torch.equal(copies[name], tensor), name
+    assert torch.equal(files.copy(["codes"])["codes"], mapped["codes"])
+    assert files.copy([]) == {}
+
+
+def test_memory_is_used_again_when_the_last_tensor_is_gone(tmp_path):
+    make(tmp_path)
+    files = WeightFiles(tmp_path)
+    first = files.copy(["codes", "bytes"])
+    kept = first["codes"][3:]
+    place, numbers = kept.data_ptr(), kept.clone()
+    del first
+    assert files.copy(["codes"])["codes"][3:].data_ptr() != place, "a view keeps it"
+    assert torch.equal(kept, numbers)
+    del kept
+    assert files.copy(["codes", "bytes"])["codes"][3:].data_ptr() == place
+
+
+def test_few_pieces_are_read(tmp_path):
+    make(tmp_path)
+    entries = {name: WeightFiles(tmp_path)._entries[name] for name in ("b.wo.weight", "codes", "bytes")}
+    spans = spans_of(entries.values())
+    assert [len(span.entries) for span in spans] == [1, 2]
+    assert all(span.start % PAGE == span.size % PAGE == 0 for span in spans)
+
+
+def test_where_the_cache_cannot_be_passed(tmp_path, monkeypatch):
+    tensors = make(tmp_path)
+
+    def refuse(path, flags):
+        raise OSError(errno.EINVAL, "Invalid argument", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert torch.equal(WeightFiles(tmp_path).copy(["codes"])["codes"], tensors["codes"])
+
+
+def test_a_file_that_gets_shorter(tmp_path):
+    make(tmp_path)
+    files = WeightFiles(tmp_path)
+    file = tmp_path / "model-00002-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 10)
+    with pytest.raises(CheckpointError, match="truncated since it was opened"):
+        files.copy(files)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux' list of mappings")

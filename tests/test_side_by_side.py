@@ -6,7 +6,7 @@ from conftest import randomize_
 from test_instruments import TINY
 
 from flux_lab.instruments import FLUX_1_DEV, MINIATURE
-from flux_lab.instruments.side_by_side import empty_inputs, side_by_side, trace_shapes
+from flux_lab.instruments.side_by_side import as_deep_as, empty_inputs, side_by_side, trace_shapes
 from flux_lab.instruments.trace import trace
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -41,3 +41,20 @@ def test_other_models_and_choices():
     assert [row[3] for row in table.rows][:1] == [""]
     with pytest.raises(ValueError, match="names: expected 1 headings, one for each anatomy, got 2"):
         side_by_side(TINY, names=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("only", "depth"),
+    [
+        (None, (19, 38)),
+        ("*/attn/q", (19, 38)),
+        ("dou*q", (19, 1)),
+        ("velocity", (1, 1)),
+        (["double 00/*", "last/*"], (1, 1)),
+        (["double 0?/image", "single 12/update"], (10, 13)),
+    ],
+)
+def test_only_the_blocks_that_can_be_named_are_run(only, depth):
+    network = as_deep_as(FLUX_1_DEV, only).transformer
+    assert (network.num_layers, network.num_single_layers) == depth
+    assert side_by_side(TINY, only=only).rows == side_by_side(trace_shapes(TINY), only=only, names=("tiny",)).rows

@@ -15,6 +15,7 @@ from flux_lab.sd15.pipeline import load_sd15
 from flux_lab.sd15.unet import UNet2DConditionModel
 from flux_lab.training import export_sd15
 
+QUICK = ["--scenes", "2", "--prompts", "0"]
 FOLDERS = ["scheduler", "text_encoder", "tokenizer", "unet", "vae"]
 
 
@@ -29,9 +30,9 @@ def as_options(parts):
 
 def test_diffusers_loads_it_and_draws_the_same_picture(parts, tmp_path, capsys):
     out = tmp_path / "mini"
-    export_sd15.main([*as_options(parts), "--out", str(out)])
+    export_sd15.main([*as_options(parts), "--out", str(out), *QUICK])
     assert "loaded and drawn from" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == sorted([*FOLDERS, "SHA256SUMS", "model_index.json"])
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FOLDERS, "README.md", "SHA256SUMS", "model_index.json"])
     checked = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=out, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     assert load_unet(out).conv_in.weight.dtype == torch.float16

@@ -3,7 +3,8 @@
     flux-lab bench [--quick] [--compile] [--only NAME ...] [--json FILE]
 
 The sides take turns, so that whatever else the machine does meets all of them; a ratio is taken within each round, and its median and
-quartiles are reported. Before it is timed, every side is run once, and its result compared with the reference's.
+quartiles are reported. Before it is timed, every side is run once, and its result compared with the reference's. A FILE that is there
+already keeps its other cases, so that the whole can be measured in pieces; benchmark_report.py makes a table and a figure of it.
 """
 
 import json
@@ -19,12 +20,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flux_lab.inference.benchmark_cases import CASES, COMPILED, QUICK, REFERENCE, Case, Settings
 from flux_lab.inference.live_bytes import LiveBytes
 
 GIGA, MEBI = 1e9, 2**20
+LEAST_ROUNDS = 3
+# PyTorch's counter does not know attention's kernel for CPUs.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+}
 
 
 class Spread(NamedTuple):
@@ -42,6 +48,7 @@ class Result:
     `seconds` of one call; `ratio` to the reference's, round by round; `error`, the relative distance from the reference's result;
     `peak_bytes` of the tensors alive during a call, without the weights; `flops` of the products in one call; `share` of the rate of
     matrix products that this machine was measured to have, counting the reference's FLOPs. None where there is no such number.
+    `rounds`: how often it was timed.
     """
 
     case: str
@@ -52,6 +59,7 @@ class Result:
     peak_bytes: int | None = None
     flops: int | None = None
     share: float | None = None
+    rounds: int = 1
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -71,13 +79,18 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def alternate(sides: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call: each round runs all sides once, and begins with another one than the round before."""
-    names, times = list(sides), {side: [] for side in sides}
-    for turn in range(repeats):
+def alternate(sides: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, list[float]]:
+    """Seconds of every call: each round runs all sides once, and begins with another one than the round before.
+
+    There are `repeats` rounds, or as many, but at least three, as begin in the first `seconds`.
+    """
+    names, times, began = list(sides), {side: [] for side in sides}, time.perf_counter()
+    for turn in range(settings.repeats):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - began > settings.seconds:
+            break
         start = turn % len(names)
         for side in names[start:] + names[:start]:
-            times[side].append(seconds_of(sides[side], device))
+            times[side].append(seconds_of(sides[side], settings.device))
     return times
 
 
@@ -88,27 +101,35 @@ def product_rate(size: int, dtype: torch.dtype, device: str, repeats: int = 7) -
     return 2 * size**3 / min(seconds_of(lambda: torch.mm(left, right), device) for _ in range(repeats))
 
 
+def memory_rate(device: str, count: int = 2**25, repeats: int = 7) -> float:
+    """Bytes a second, read and written, of copying many numbers, the best of several: what this machine's memory can do."""
+    source = torch.ones(count, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(repeats))
+
+
 @torch.no_grad()
 def measure(case: Case, settings: Settings, rate: float) -> list[Result]:
     """Compare, count and time one case."""
-    outputs = {side: call() for side, call in case.sides.items()}  # which warms up, too
-    flops = {side: count_flops(call) if case.counted and side != COMPILED else None for side, call in case.sides.items()}
-    peaks = {side: peak_bytes(call, case) if case.counted and side != COMPILED else None for side, call in case.sides.items()}
-    times = alternate(case.sides, settings.repeats, settings.device)
+    first = {side: counted(call, case) if case.counted and side != COMPILED else (call(), None, None) for side, call in case.sides.items()}
+    times = alternate(case.sides, replace(settings, seconds=settings.seconds * case.share))
+    wanted, work, _ = first[REFERENCE]
     results = []
     for side, seconds in times.items():
         ratios = [mine / theirs for mine, theirs in zip(seconds, times[REFERENCE], strict=True)]
-        work, median = flops[REFERENCE], statistics.median(seconds)
+        (output, flops, peak), median = first[side], statistics.median(seconds)
         results.append(
             Result(
                 case=case.name,
                 side=side,
                 seconds=spread(seconds),
                 ratio=spread(ratios),
-                error=relative_error(outputs[side], outputs[REFERENCE]),
-                peak_bytes=peaks[side],
-                flops=flops[side],
+                error=relative_error(output, wanted),
+                peak_bytes=peak,
+                flops=flops,
                 share=work / median / rate if work else None,
+                rounds=len(seconds),
             )
         )
     return results
@@ -120,22 +141,16 @@ def relative_error(given: Tensor | None, wanted: Tensor | None) -> float | None:
     return ((given.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
 
-def count_flops(call: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-def peak_bytes(call: Callable[[], Any], case: Case) -> int:
+def counted(call: Callable[[], Any], case: Case) -> tuple[Tensor | None, int, int]:
+    """What a call gives, its FLOPs and its peak bytes."""
     weights = [tensor for model in case.weights for tensor in (*model.parameters(), *model.buffers())]
-    with LiveBytes(ignored=weights) as live:
-        call()
-    return live.peak
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, LiveBytes(ignored=weights) as live:
+        output = call()
+    return output, counter.get_total_flops(), live.peak
 
 
-def run(names: Sequence[str], settings: Settings) -> Iterator[list[Result]]:
-    """The results of the named groups of cases, case by case."""
-    rates: dict[torch.dtype, float] = {}
+def run(names: Sequence[str], settings: Settings, rates: dict[torch.dtype, float]) -> Iterator[list[Result]]:
+    """The results of the named groups of cases, case by case. `rates` of matrix products are put in as they are measured."""
     for name in names:
         with torch.no_grad():
             for case in CASES[name](settings):
@@ -173,10 +188,27 @@ def conditions(settings: Settings) -> dict[str, Any]:
     return {"versions": libraries, **machine, "repeats": settings.repeats}
 
 
-def write_json(file: Path, settings: Settings, results: Sequence[Result]) -> None:
+def read_json(file: Path, settings: Settings) -> dict[str, Any]:
+    """What `file` holds, for further cases to be put in. Raises ValueError for results that were measured under other conditions."""
+    now = conditions(settings)
+    if not file.exists():
+        return {"conditions": now, "rates": {}, "results": []}
+    held = json.loads(file.read_text(encoding="utf-8"))
+    before = held["conditions"]
+    changed = [f"{name} {before.get(name)}, now {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"--json: {file.name} holds results for {'; '.join(changed)}: choose another file, or remove it")
+    return held
+
+
+def write_json(file: Path, held: dict[str, Any], results: Sequence[Result]) -> None:
+    """Put the results of one case, or of several, in the place of older ones of the same name."""
     rows = [asdict(result) | {"seconds": result.seconds._asdict(), "ratio": result.ratio._asdict()} for result in results]
+    replaced = {result.case for result in results}
+    held["results"] = [row for row in held["results"] if row["case"] not in replaced] + rows
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"conditions": conditions(settings), "results": rows}, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, file)
 
 
@@ -191,19 +223,22 @@ def main(only: Sequence[str] = (), json_file: Path | None = None, quick: bool = 
 
 
 def report(names: Sequence[str], settings: Settings, json_file: Path | None) -> int:
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
+    held = None if json_file is None else read_json(json_file, settings)
     found = conditions(settings)
     print(", ".join(f"{name} {number}" for name, number in found.pop("versions").items()))
     print(", ".join(f"{name} {value}" for name, value in found.items()))
     print("Ratios are to the reference, diffusers or transformers: below 1 is faster.\n")
     print(row(HEADER), row(["---", "---", *["---:"] * (len(HEADER) - 2)]), sep="\n", flush=True)
-    results = []
-    for case in run(names, settings):
-        results += case
-        print(*(row(cells(result)) for result in case), sep="\n", flush=True)
+    rates, memory = {}, memory_rate(settings.device)
+    for results in run(names, settings, rates):
+        print(*(row(cells(result)) for result in results), sep="\n", flush=True)
+        if json_file is not None:
+            held["rates"] |= {"memory": memory, **{str(dtype).removeprefix("torch."): rate for dtype, rate in rates.items()}}
+            write_json(json_file, held, results)
     if json_file is not None:
-        write_json(json_file, settings, results)
+        from flux_lab.inference.benchmark_report import write_figure
+
+        write_figure(json_file)
     return 0
 
 

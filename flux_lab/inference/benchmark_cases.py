@@ -40,9 +40,10 @@ PROMPT = "a large shiny red sphere left of a small blue cube on a wooden floor"
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is run. The defaults are the real widths."""
+    """How much is run. The defaults are the real widths. `seconds`: after that long a case is not repeated again, but for three times."""
 
     repeats: int = 9
+    seconds: float = 25.0
     steps: int = 28
     batches: tuple[int, ...] = (1, 8)
     growth_tokens: tuple[int, ...] = (256, 1024, 4096)
@@ -84,13 +85,17 @@ QUICK = Settings(
 
 @dataclass
 class Case:
-    """`sides`: a call for each side, which gives a tensor, or None where there is none to compare. `weights` are in memory anyway."""
+    """`sides`: a call for each side, which gives a tensor, or None where there is none to compare. `weights` are in memory anyway.
+
+    `share` of the seconds that a case may take: many cases of one group take less each.
+    """
 
     name: str
     sides: dict[str, Callable[[], Tensor | None]]
     weights: list[nn.Module]
     dtype: torch.dtype = torch.float32
     counted: bool = True
+    share: float = 1.0
 
 
 def same_weights(reference: nn.Module, ours: nn.Module) -> nn.Module:
@@ -102,8 +107,8 @@ def same_weights(reference: nn.Module, ours: nn.Module) -> nn.Module:
 # ---- the miniature ------------------------------------------------------------------------------------------------------
 
 
-def end_to_end(settings: Settings) -> Iterator[Case]:
-    """Prompt to picture, for each batch."""
+def end_to_end(settings: Settings, batches: slice) -> Iterator[Case]:
+    """Prompt to picture, for some of the batches."""
     from diffusers import FluxPipeline as Reference
 
     ours = FluxPipeline.from_pretrained(settings.checkpoint, device=settings.device)
@@ -121,10 +126,9 @@ def end_to_end(settings: Settings) -> Iterator[Case]:
         return pipe(PROMPT, num_inference_steps=steps, generator=generator, **arguments, **images).images
 
     models = [model for pipe in pipes.values() for model in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)]
-    for batch in settings.batches:
-        yield Case(
-            f"end to end, {settings.steps} steps, batch {batch}", {side: partial(draw, pipe, batch) for side, pipe in pipes.items()}, models
-        )
+    for batch in settings.batches[batches]:
+        sides = {side: partial(draw, pipe, batch) for side, pipe in pipes.items()}
+        yield Case(f"end to end, {settings.steps} steps, batch {batch}", sides, models)
 
 
 def step(settings: Settings) -> Iterator[Case]:
@@ -137,12 +141,15 @@ def step(settings: Settings) -> Iterator[Case]:
 
 def growth(settings: Settings) -> Iterator[Case]:
     """The same step with more tokens, and with more pictures at once."""
+    settings = dataclasses.replace(settings, compile=False)  # each size would be compiled anew
     model = load_transformer(settings.checkpoint, dtype=torch.float32, device=settings.device)
     for tokens in settings.growth_tokens:
         side = int(tokens**0.5)
-        yield transformer_case(f"one step, {side * side} tokens", model, settings, tokens=(side, side), length=32)
+        case = transformer_case(f"one step, {side * side} tokens", model, settings, tokens=(side, side), length=32)
+        yield dataclasses.replace(case, share=1 / 3)
     for batch in settings.growth_batches:
-        yield transformer_case(f"one step, batch {batch}", model, settings, tokens=(8, 8), length=32, batch=batch)
+        case = transformer_case(f"one step, batch {batch}", model, settings, tokens=(8, 8), length=32, batch=batch)
+        yield dataclasses.replace(case, share=1 / 3)
 
 
 # ---- the real widths ----------------------------------------------------------------------------------------------------
@@ -181,10 +188,10 @@ def transformer_case(
         REFERENCE: lambda: reference(hidden_states=latents, timestep=timestep, **text, return_dict=False)[0],
         OURS: lambda: ours(hidden_states=latents, timestep=timestep, **text),
     }
-    for side in (FAST, *[COMPILED] * settings.compile):
-        model = FastFluxTransformer2DModel(ours, compile=side == COMPILED)
+    models = {side: FastFluxTransformer2DModel(ours, compile=side == COMPILED) for side in (FAST, *[COMPILED] * settings.compile)}
+    for side, model in models.items():
         sides[side] = partial(model.step, latents, model.prepare(timesteps=timestep[None], **text), 0)
-    return Case(name, sides, [ours, model], dtype)
+    return Case(name, sides, [ours, *models.values()], dtype)
 
 
 def t5(settings: Settings) -> Iterator[Case]:
@@ -247,7 +254,8 @@ def imports(settings: Settings) -> Iterator[Case]:
 CASES: dict[str, Callable[[Settings], Iterator[Case]]] = {
     "import": imports,
     "step": step,
-    "end-to-end": end_to_end,
+    "end-to-end": partial(end_to_end, batches=slice(0, 1)),
+    "end-to-end-batches": partial(end_to_end, batches=slice(1, None)),
     "clip": clip,
     "t5": t5,
     "vae": vae,

@@ -1,11 +1,10 @@
 """The fast path: `fast(pipe)` is a pipeline with the same weights and the same pictures, within rounding, in less time.
 
-Its parts are made from the reference's: fast_transformer.py, fast_text.py, fast_autoencoder.py. Its loop is the reference's with all
-that can be done before it done before it, and true CFG as one batch of two.
+Its parts are made from the reference's: fast_transformer.py, fast_text.py, fast_autoencoder.py. Its loop is the reference's; what the
+steps have in common is done at the first, and true CFG is one batch of two.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from flux_lab.inference.fast_autoencoder import fast_autoencoder
 from flux_lab.inference.fast_text import fast_text_encoder
 from flux_lab.inference.fast_transformer import FastFluxTransformer2DModel, Prepared, StepChange
-from flux_lab.pipeline import DenoisingState, FluxPipeline, _check_scales, _for_each, _use_negative
+from flux_lab.pipeline import FluxPipeline
 from flux_lab.prompt import PromptEmbeds
 from flux_lab.shapes import checks
 from flux_lab.transformer import TIME_SCALE
@@ -37,8 +36,9 @@ def fast(
 
     It shares the weights of `pipe` where they need not be fused; drop `pipe` to free the others. `dtype`: such as torch.bfloat16, half
     the memory and, where the processor has it, more speed. `compile`: the blocks by torch.compile, which needs a C++ compiler and takes
-    a minute at the first picture. `batch_cfg=False`: true CFG in two passes, for less memory. These two change the picture: `tiling` of
-    the decoder, a little; `cache_threshold` above 0, see `cache_error`. Raises ValueError for a pipe that is quantized or hoisted.
+    minutes at the first picture of each size. `batch_cfg=False`: true CFG in two passes, for less memory. These two change the picture:
+    `tiling` of the decoder, a little; `cache_threshold` above 0, see `cache_error`. Raises ValueError for a pipe that is quantized or
+    hoisted.
     """
     if not 0 <= cache_threshold < 1:
         raise ValueError(f"cache_threshold: expected a relative change from 0 (off) to below 1, got {cache_threshold}")
@@ -61,12 +61,13 @@ def fast(
 
 
 class FastFluxPipeline(FluxPipeline):
-    """Made by `fast`. `cache_log` says after a generation what caching did at every step: [] where it is off."""
+    """Made by `fast`. It has the reference's loop; what it prepares for one is kept until the next."""
 
     def __init__(self, *, batch_cfg: bool, **parts: Any):
         super().__init__(**parts)
         self.batch_cfg = batch_cfg
-        self.cache_log: list[StepChange] = []
+        self._texts: list[PromptEmbeds] | None = None
+        self._passes: list[Prepared] = []
 
     def encode_prompt(self, *prompts: Any, **options: Any) -> PromptEmbeds:
         with checks(False):
@@ -79,93 +80,41 @@ class FastFluxPipeline(FluxPipeline):
     def save_pretrained(self, folder: str | Path, tokenizers: str | Path) -> None:
         raise TypeError("save_pretrained: a fast pipeline has fused weights; save the pipeline that it was made from")
 
-    @torch.no_grad()
-    def steps(
+    @property
+    def cache_log(self) -> list[StepChange]:
+        """What caching did at every step of the last generation: [] where it is off."""
+        return self._passes[0].log if self._passes else []
+
+    def _guided_velocity(
         self,
-        prompt: str | Sequence[str] | None = None,
-        prompt_2: str | Sequence[str] | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        negative_prompt_2: str | Sequence[str] | None = None,
-        true_cfg_scale: float = 1.0,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 28,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 3.5,
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        max_sequence_length: int | None = None,
-    ) -> Iterator[DenoisingState]:
-        """As `FluxPipeline.steps`, whose numbered steps these are."""
-        # 1. Check the arguments.
-        height, width = self._size(height, width)
-        _check_scales(guidance_scale, true_cfg_scale)
-        use_negative = _use_negative(true_cfg_scale, negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        latents: Tensor,
+        index: int,
+        texts: list[PromptEmbeds],
+        img_ids: Tensor,
+        guidance: Tensor | None,
+        true_cfg_scale: float,
+    ) -> Tensor:
+        """As the reference's. What does not depend on the latents is computed at the first step, and again only for another text."""
+        if index == 0 or texts is not self._texts:
+            self._texts, self._passes = texts, self._prepare(texts, img_ids, guidance)
+        copies = [latents.repeat(len(each.context) // len(latents), 1, 1) for each in self._passes]
+        velocity = torch.cat([self.transformer.step(copy, each, index) for copy, each in zip(copies, self._passes, strict=True)])
+        if len(texts) == 1:
+            return velocity
+        velocity, without = velocity.chunk(2)
+        return without + true_cfg_scale * (velocity - without)
 
-        # 2. Encode the prompts.
-        options = {"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length}
-        text = self.encode_prompt(prompt, prompt_2, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled_prompt_embeds, **options)
-        texts = [text]
-        if use_negative:
-            given = {"prompt_embeds": negative_prompt_embeds, "pooled_prompt_embeds": negative_pooled_prompt_embeds}
-            texts.append(_for_each(text, self.encode_prompt(negative_prompt, negative_prompt_2, **given, **options)))
-
-        # 3. and 4. Noise and noise levels.
-        latents, img_ids = self._prepare_latents(text.prompt_embeds, height, width, generator, latents)
-        self._set_timesteps(num_inference_steps, sigmas, tokens=len(img_ids), device=latents.device)
-
-        # 5. The loop. What does not depend on the latents is computed once, and again only for a changed `prompt_embeds`.
-        passes = self._prepare(texts, img_ids, guidance_scale)
-        for index, timestep in enumerate(self.scheduler.timesteps):
-            velocity = self._guided_velocity(latents, passes, index, true_cfg_scale if use_negative else None)
-            sigma, sigma_next = self.scheduler.sigmas[index : index + 2]
-            x0 = (latents - sigma * velocity).to(latents.dtype)
-            latents = self.scheduler.step(
-                velocity, timestep, latents, generator=generator if isinstance(generator, torch.Generator) else None
-            )
-            state = DenoisingState(
-                index=index,
-                timestep=timestep,
-                sigma=sigma.item(),
-                sigma_next=sigma_next.item(),
-                latents=latents,
-                velocity=velocity,
-                x0=x0,
-                prompt_embeds=texts[0].prompt_embeds,
-                decode=lambda tokens: self.decode(tokens, height, width),
-            )
-            self.cache_log = passes[0].log
-            yield state
-            latents = state.latents
-            if state.prompt_embeds is not texts[0].prompt_embeds:
-                texts[0] = texts[0]._replace(prompt_embeds=state.prompt_embeds)
-                passes = self._prepare(texts, img_ids, guidance_scale)
-
-    def _prepare(self, texts: list[PromptEmbeds], img_ids: Tensor, guidance_scale: float) -> list[Prepared]:
+    def _prepare(self, texts: list[PromptEmbeds], img_ids: Tensor, guidance: Tensor | None) -> list[Prepared]:
         """What the transformer needs of the texts, at all steps: for each text, or for one batch of both."""
         if self.batch_cfg and len(texts) > 1:
             embeds, pooled, _ = zip(*texts, strict=True)
             texts = [PromptEmbeds(torch.cat(embeds), torch.cat(pooled), texts[0].text_ids)]
         timesteps = self.scheduler.timesteps[:, None].to(img_ids.dtype) / TIME_SCALE
-        guidance = timesteps.new_full((1,), guidance_scale, dtype=torch.float32) if self.transformer.config.guidance_embeds else None
+        scale = None if guidance is None else guidance[:1]  # the same for the whole batch
         return [
-            self.transformer.prepare(text.prompt_embeds, text.pooled_prompt_embeds, timesteps, img_ids, text.text_ids, guidance)
+            self.transformer.prepare(text.prompt_embeds, text.pooled_prompt_embeds, timesteps, img_ids, text.text_ids, scale)
             for text in texts
         ]
-
-    def _guided_velocity(self, latents: Tensor, passes: list[Prepared], index: int, true_cfg_scale: float | None) -> Tensor:
-        """The velocity; with true CFG that of the prompt, moved away from that of the negative prompt."""
-        copies = [latents.repeat(len(each.context) // len(latents), 1, 1) for each in passes]
-        velocity = torch.cat([self.transformer.step(copy, each, index) for copy, each in zip(copies, passes, strict=True)])
-        if true_cfg_scale is None:
-            return velocity
-        velocity, without = velocity.chunk(2)
-        return without + true_cfg_scale * (velocity - without)
 
 
 class CacheError(NamedTuple):

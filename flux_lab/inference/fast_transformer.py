@@ -3,7 +3,10 @@
 - Text and image stay in one tensor from the first block to the last; a block works on it in place.
 - One matrix product makes queries, keys and values; in a single-stream block also the input of the MLP.
 - `prepare` does before the loop what does not depend on the picture: the modulation of all steps, the text, the rotation.
-- There are no shape checks, and `unflatten` takes the place of einops: at the miniature's width both cost more than the work itself.
+- What is left between the products is done in as few operations as possible, most of them in place: one layer norm that shifts and
+  scales, one norm of queries and keys, one complex product for the rotation, one addition with the gate.
+- There are no shape checks, `unflatten` takes the place of einops, and a step runs in inference mode, where a view of a tensor costs
+  less: at the miniature's width all three cost about as much as the work itself.
 
 First-block caching (off by default) changes the result: where the first block says nearly what it said at the step before, the change
 that all other blocks made then is used again. Source: TeaCache (Liu et al. 2024, arXiv 2411.19108), ParaAttention's first block cache.
@@ -11,6 +14,7 @@ that all other blocks made then is used again. Source: TeaCache (Liu et al. 2024
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +25,9 @@ from flux_lab.blocks import FLOAT16_MAX, FluxSingleTransformerBlock, FluxTransfo
 from flux_lab.embeddings import get_timestep_embedding
 from flux_lab.normalization import EPS
 from flux_lab.transformer import TIME_SCALE, FluxTransformer2DModel
+
+# On a CPU, a loop over fewer numbers than that for each thread is not worth waking a second thread.
+COMPILER = {"cpp.min_chunk_size": 2**14}
 
 
 def fuse(*linears: nn.Linear) -> nn.Linear:
@@ -42,26 +49,33 @@ def check_plain(layers: Iterable[nn.Module]) -> None:
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm of x [batch, sequence, dim], times `scale` (to which 1 is added already) plus `shift`, both [batch, 1, dim]."""
-    if len(x) == 1:  # weight and bias of a layer norm are the same for the whole batch
-        return F.layer_norm(x, x.shape[-1:], weight=scale[0, 0], bias=shift[0, 0], eps=EPS)
+    """Layer norm of x [batch, sequence, dim], times `scale` (to which 1 is added already) plus `shift`.
+
+    Both are [batch, 1, dim], or [dim] for all of the batch: then they are the norm's own weight and bias, and this is one operation.
+    """
+    if scale.ndim == 1:
+        return F.layer_norm(x, scale.shape, weight=scale, bias=shift, eps=EPS)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), scale)
 
 
 def rms_weights(norm_q: nn.RMSNorm, norm_k: nn.RMSNorm) -> nn.Parameter:
-    """The weights of both norms, [2, 1, head_dim]: queries and keys are normalised together."""
-    return nn.Parameter(torch.stack([norm_q.weight, norm_k.weight])[:, None], requires_grad=False)
+    """The weights of both norms times the root of their size, [2, 1, head_dim]: see `unit_`."""
+    weights = torch.stack([norm_q.weight, norm_k.weight])[:, None]
+    return nn.Parameter(weights.float() * weights.shape[-1] ** 0.5, requires_grad=False)
 
 
-def rms_norm_(qk: Tensor, weights: Tensor) -> None:
-    """Divide every query and key by its root mean square and multiply by the weights, in place: [batch, sequence, 2, heads, head_dim]."""
-    mean_square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(qk.shape[-1])
-    qk.mul_(mean_square.add_(EPS).rsqrt_()).mul_(weights)
+def unit_(qk: Tensor, smallest: Tensor) -> Tensor:
+    """Divide every query and key by its length, in place: [batch, sequence, 2, heads, head_dim].
+
+    x / sqrt(mean(x^2) + eps) is sqrt(d) x / sqrt(|x|^2 + d eps). That root is the hypotenuse of |x| and `smallest`, sqrt(d eps); the
+    sqrt(d) is in the weights.
+    """
+    return qk.div_(torch.hypot(torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32), smallest))
 
 
 def rotate(qk: Tensor, rotation: Tensor) -> Tensor:
     """Turn pairs of channels: qk [batch, sequence, 2, heads, head_dim] by `rotation` [sequence, 1, 1, head_dim / 2, 2], its cos and sin."""
-    pairs = qk.float().unflatten(-1, (qk.shape[-1] // 2, 2))
+    pairs = qk.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # it knows no complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
@@ -72,9 +86,8 @@ def rotate(qk: Tensor, rotation: Tensor) -> Tensor:
 
 def attend(qkv: Tensor, rotation: Tensor) -> Tensor:
     """Rotation and attention product: qkv [batch, sequence, 3, heads, head_dim] to [batch, sequence, heads * head_dim]."""
-    query, key = rotate(qkv[:, :, :2], rotation).unbind(2)
-    heads_first = (each.transpose(1, 2) for each in (query, key, qkv[:, :, 2]))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
+    query, key = rotate(qkv[:, :, :2], rotation).transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(query, key, qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
 def clip_float16_(x: Tensor) -> None:
@@ -87,60 +100,68 @@ class FastStream(nn.Module):
 
     def __init__(self, attn: FluxAttention, names: Sequence[str], norms: Sequence[str], out: nn.Linear, ff: nn.Module):
         super().__init__()
-        self.heads = attn.heads
         self.qkv = fuse(*(getattr(attn, name) for name in names))
         self.norm = rms_weights(*(getattr(attn, name) for name in norms))
         self.out, self.up, self.down = out, ff.net[0].proj, ff.net[2]
-
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        qkv = self.qkv(modulated_norm(x, shift, scale)).unflatten(-1, (3, self.heads, self.norm.shape[-1]))
-        rms_norm_(qkv[:, :, :2], self.norm)
-        return qkv
 
     def add_(self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor) -> None:
         x.addcmul_(gate, self.out(attended))
         x.addcmul_(mlp_gate, self.down(F.gelu(self.up(modulated_norm(x, shift, scale)), approximate="tanh")))
 
 
-class FastTransformerBlock(nn.Module):
-    """Double-stream block."""
+class FastBlock(nn.Module):
+    """Changes x [batch, sequence, dim], text first, in place, by its number of `signals`, each [batch, 1, dim] or [dim]."""
+
+    signals: int
+
+    def __init__(self, attn: FluxAttention):
+        super().__init__()
+        head_dim = attn.norm_q.weight.numel()
+        self.split = (3, attn.heads, head_dim)
+        self.register_buffer("smallest", torch.tensor((EPS * head_dim) ** 0.5, device=attn.norm_q.weight.device))
+
+
+class FastTransformerBlock(FastBlock):
+    """Double-stream block: six signals of the text, six of the image."""
+
+    signals = 12
 
     def __init__(self, block: FluxTransformerBlock):
-        super().__init__()
-        attn = block.attn
+        super().__init__(block.attn)
         added = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-        self.text = FastStream(attn, *added, out=attn.to_add_out, ff=block.ff_context)
-        self.image = FastStream(attn, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), out=attn.to_out[0], ff=block.ff)
+        self.text = FastStream(block.attn, *added, out=block.attn.to_add_out, ff=block.ff_context)
+        self.image = FastStream(block.attn, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), out=block.attn.to_out[0], ff=block.ff)
 
-    def forward(self, x: Tensor, length: int, modulation: Tensor, rotation: Tensor) -> None:
-        """Change x [batch, sequence, dim], text first, in place. `modulation` [batch, 12, 1, dim]: six of the text, six of the image."""
+    def forward(self, x: Tensor, length: int, signals: Sequence[Tensor], rotation: Tensor) -> None:
         text, image = x[:, :length], x[:, length:]
-        signals = modulation.unbind(1)
-        qkv = torch.cat([self.text.project(text, *signals[0:2]), self.image.project(image, *signals[6:8])], dim=1)
+        projected = [self.text.qkv(modulated_norm(text, *signals[0:2])), self.image.qkv(modulated_norm(image, *signals[6:8]))]
+        qkv = torch.cat(projected, dim=1).unflatten(-1, self.split)
+        qk = unit_(qkv[:, :, :2], self.smallest)
+        qk[:, :length].mul_(self.text.norm)
+        qk[:, length:].mul_(self.image.norm)
         attended = attend(qkv, rotation)
         self.text.add_(text, attended[:, :length], *signals[2:6])
         self.image.add_(image, attended[:, length:], *signals[8:12])
         clip_float16_(text)
 
 
-class FastSingleTransformerBlock(nn.Module):
-    """Single-stream block."""
+class FastSingleTransformerBlock(FastBlock):
+    """Single-stream block: three signals. `length` is not used."""
+
+    signals = 3
 
     def __init__(self, block: FluxSingleTransformerBlock):
-        super().__init__()
-        attn = block.attn
-        self.heads, self.dim = attn.heads, attn.to_q.out_features
-        self.qkv_mlp = fuse(attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
-        self.norm = rms_weights(attn.norm_q, attn.norm_k)
+        super().__init__(block.attn)
+        self.qkv_mlp = fuse(block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+        self.norm = rms_weights(block.attn.norm_q, block.attn.norm_k)
         self.proj_out = block.proj_out
 
-    def forward(self, x: Tensor, length: int, modulation: Tensor, rotation: Tensor) -> None:
-        """Change x [batch, sequence, dim] in place. `modulation` [batch, 3, 1, dim]; `length` is not used."""
-        shift, scale, gate = modulation.unbind(1)
-        dim = self.dim
+    def forward(self, x: Tensor, length: int, signals: Sequence[Tensor], rotation: Tensor) -> None:
+        shift, scale, gate = signals
+        dim = x.shape[-1]
         hidden = self.qkv_mlp(modulated_norm(x, shift, scale))
-        qkv = hidden[..., : 3 * dim].unflatten(-1, (3, self.heads, self.norm.shape[-1]))
-        rms_norm_(qkv[:, :, :2], self.norm)
+        qkv = hidden[..., : 3 * dim].unflatten(-1, self.split)
+        unit_(qkv[:, :, :2], self.smallest).mul_(self.norm)
         # Attention goes where the values were, which lie beside the MLP: so both are side by side without a copy.
         hidden[..., 2 * dim : 3 * dim] = attend(qkv, rotation)
         torch.ops.aten.gelu_(hidden[..., 3 * dim :], approximate="tanh")
@@ -161,12 +182,13 @@ class StepChange:
 class Prepared:
     """What the passes of one generation have in common.
 
-    `context` [batch, length, dim]; `modulations`, for each block and the last layer [steps, batch, signals, 1, dim]; `rotation`
-    [sequence, 1, 1, head_dim / 2, 2]. The rest is for caching: what the first block and all others added at the last full step.
+    `context` [batch, length, dim]; `modulation`, the signals of all blocks and of the last layer, [steps, batch, 1, signals, dim], for a
+    single picture [steps, signals, dim]; `rotation` [sequence, 1, 1, head_dim / 2, 2]. The rest is for caching: what the first block and
+    all others added at the last full step.
     """
 
     context: Tensor
-    modulations: list[Tensor]
+    modulation: Tensor
     rotation: Tensor
     first: Tensor | None = None
     others: Tensor | None = None
@@ -187,13 +209,13 @@ class FastFluxTransformer2DModel(nn.Module):
         self.x_embedder, self.context_embedder, self.proj_out = model.x_embedder, model.context_embedder, model.proj_out
         doubles, singles = model.transformer_blocks, model.single_transformer_blocks
         self.blocks = nn.ModuleList([*map(FastTransformerBlock, doubles), *map(FastSingleTransformerBlock, singles)])
-        text_and_image = [nn.ModuleList([block.norm1_context.linear, block.norm1.linear]) for block in doubles]
-        one = [nn.ModuleList([block.norm.linear]) for block in singles]
-        self.modulations = nn.ModuleList([*text_and_image, *one, nn.ModuleList([model.norm_out.linear])])
-        check_plain(linear for linears in self.modulations for linear in linears)
-        if compile:
-            for block in self.blocks:
-                block.compile()
+        of_doubles = [norm.linear for block in doubles for norm in (block.norm1_context, block.norm1)]
+        self.modulations = nn.ModuleList([*of_doubles, *(block.norm.linear for block in singles), model.norm_out.linear])
+        check_plain(self.modulations)
+        ends = list(accumulate(block.signals for block in self.blocks))
+        self._order = [(block, slice(end - block.signals, end)) for block, end in zip(self.blocks, ends, strict=True)]
+        # All blocks in one graph: block by block, entering 57 compiled functions would cost what they gain.
+        self._run = torch.compile(self._run_blocks, dynamic=False, options=COMPILER) if compile else self._run_blocks
 
     @torch.no_grad()
     def prepare(
@@ -213,36 +235,47 @@ class FastFluxTransformer2DModel(nn.Module):
             conditioning = conditioning + embed.guidance_embedder(get_timestep_embedding(guidance.to(dtype) * TIME_SCALE).to(dtype))
         signal = F.silu(conditioning + embed.text_embedder(pooled_projections))
         cos, sin = (wave[:, None, None, ::2] for wave in self.pos_embed(torch.cat([txt_ids, img_ids])))
-        modulations = [self._modulation(linears, signal) for linears in self.modulations]
-        return Prepared(self.context_embedder(encoder_hidden_states), modulations, torch.stack([cos, sin], dim=-1))
+        return Prepared(self.context_embedder(encoder_hidden_states), self._modulation(signal), torch.stack([cos, sin], dim=-1))
 
-    def _modulation(self, linears: Sequence[nn.Linear], signal: Tensor) -> Tensor:
-        """What the adaptive norms of one block say at all steps, with 1 added to every scale: [steps, batch, signals, 1, dim]."""
-        dim = signal.shape[-1]
-        table = torch.cat([linear(signal).unflatten(-1, (linear.out_features // dim, 1, dim)) for linear in linears], dim=2)
-        if table.shape[2] == 2:  # the last layer says scale first
-            table = table.flip(2)
-        table[:, :, 1::3] += 1
-        return table
+    def _modulation(self, signal: Tensor) -> Tensor:
+        """What all adaptive norms say at all steps, in the blocks' order, with 1 added to every scale: see `Prepared`."""
+        tables = [linear(signal).unflatten(-1, (1, -1, signal.shape[-1])) for linear in self.modulations]
+        tables[-1] = tables[-1].flip(-2)  # the last layer says scale first
+        table = torch.cat(tables, dim=-2)
+        table[..., 1::3, :] += 1  # shift, scale, gate, shift, scale, gate, ..., and shift, scale of the last layer
+        return table[:, 0, 0] if table.shape[1] == 1 else table
 
     @torch.no_grad()
     def step(self, hidden_states: Tensor, prepared: Prepared, index: int) -> Tensor:
         """The velocity at step `index`."""
-        length, rotation = prepared.context.shape[1], prepared.rotation
-        *modulations, last = (each[index] for each in prepared.modulations)
-        x = torch.cat([prepared.context, self.x_embedder(hidden_states)], dim=1)
-        before = x.clone() if self.cache_threshold else None
-        for place, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
-            block(x, length, modulation, rotation)
-            if place == 0 and before is not None:
-                first = x - before
-                if self._reuse(prepared, first):
-                    x += prepared.others
-                    break
-                prepared.first, before = first, x.clone()
-        else:
-            prepared.others = None if before is None else x - before
-        return self.proj_out(modulated_norm(x[:, length:], *last.unbind(1)))
+        with torch.inference_mode():
+            row, rotation = prepared.modulation[index], prepared.rotation
+            x = torch.cat([prepared.context, self.x_embedder(hidden_states)], dim=1)
+            length = prepared.context.shape[1]
+            if self.cache_threshold:
+                self._run_cached(x, length, row, rotation, prepared)
+            else:
+                self._run(x, length, row, rotation, 0, len(self.blocks))
+            velocity = self.proj_out(modulated_norm(x[:, length:], *row[..., -2:, :].unbind(-2)))
+        return velocity.clone()  # a plain tensor, with which everything is allowed
+
+    def _run_blocks(self, x: Tensor, length: int, row: Tensor, rotation: Tensor, first: int, last: int) -> None:
+        """Change x by the blocks from `first` to before `last`. `row`: what all norms say at this step."""
+        signals = row.unbind(-2)
+        for block, place in self._order[first:last]:
+            block(x, length, signals[place], rotation)
+
+    def _run_cached(self, x: Tensor, length: int, row: Tensor, rotation: Tensor, prepared: Prepared) -> None:
+        """The first block, then the others, or what they added at the last full step."""
+        before = x.clone()
+        self._run(x, length, row, rotation, 0, 1)
+        first = x - before
+        if self._reuse(prepared, first):
+            x += prepared.others
+            return
+        prepared.first, before = first, x.clone()
+        self._run(x, length, row, rotation, 1, len(self.blocks))
+        prepared.others = x - before
 
     def _reuse(self, prepared: Prepared, first: Tensor) -> bool:
         if prepared.others is None:

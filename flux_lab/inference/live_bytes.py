@@ -4,6 +4,7 @@ What is counted is the same on every machine and for every allocator, and on the
 memory. Not counted are Python, the libraries' own buffers, and what an allocator keeps for later.
 """
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,11 +21,14 @@ class LiveBytes(TorchDispatchMode):
     """Counts while its `with` block runs: `current` bytes are alive, `peak` is the largest number there has been.
 
     Every memory that an operation reads or makes counts, once, from then until it is freed; views count with what they look at. Only
-    the memory of the tensors `ignored` never counts. With `meta`, the tensors of that device are counted, and no others.
+    the memory of the tensors `ignored` never counts. With `meta`, the tensors of that device are counted, and no others. With `every`,
+    `history` gets (second, bytes) after each so many operations.
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = (), meta: bool = False):
+    def __init__(self, ignored: Iterable[Tensor] = (), meta: bool = False, every: int | None = None):
         super().__init__()
+        self.history: list[tuple[float, int]] = []
+        self._every, self._operations = every, 0
         self._meta = meta
         self._ignored = {StorageWeakRef(tensor.untyped_storage()) for tensor in ignored}
         self._alive: dict[StorageWeakRef, int] = {}
@@ -45,6 +49,9 @@ class LiveBytes(TorchDispatchMode):
         # What has been freed is looked for only when it matters: the total without looking is never too small.
         if self._total > self.peak:
             self.peak = max(self.peak, self.current)
+        self._operations += 1
+        if self._every and self._operations % self._every == 0:
+            self.history.append((time.perf_counter(), self.current))
         return result
 
     def _see(self, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_lab.checkpoints import COMPONENTS, CheckpointError
+from flux_lab.inference.budget import check_device
 from flux_lab.inference.hoisting import Conditioning, hoist
 from flux_lab.inference.quantization import LOADERS, SCHEMES, check_finite, linear_names, quantize, stored_scheme
 from flux_lab.inference.weight_files import WeightFiles
@@ -47,13 +48,20 @@ def load_lean(
 
 
 def open_model(
-    folder: str | Path, device: torch.device | str, dtype: torch.dtype | None, conditionings: Sequence[Conditioning] = ()
+    folder: str | Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    conditionings: Sequence[Conditioning] = (),
+    mapped: bool = True,
 ) -> tuple[nn.Module, Read]:
     """The model on `meta`, hoisted if there are conditionings, and a function that reads its tensors by their names.
 
-    Raises CheckpointError for a file that does not fit the configuration.
+    `mapped`: what is read on the CPU is the file itself; else it is a copy whose memory is used again.
+    Raises CheckpointError for a file that does not fit the configuration, ValueError for a device that is not there.
     """
+    check_device(device)
     model, files = empty_model(folder), WeightFiles(folder, dtype)
+    from_disk = files.read if mapped else files.copy
     for name, tensor in tensors_of(model).items():
         found = tuple(files.empty(name).shape) if name in files else "nothing"
         if found != tuple(tensor.shape):
@@ -63,7 +71,7 @@ def open_model(
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         names = list(names)
         looked_up = {name: files[name].to(device) for name in names if name == LOOKED_UP}
-        return files.read([name for name in names if name != LOOKED_UP], device) | looked_up
+        return from_disk([name for name in names if name != LOOKED_UP], device) | looked_up
 
     if conditionings:
         model = hoist(model, conditionings, fetch=lambda name, module: below(name, read(within(name, module))))

@@ -21,6 +21,7 @@ from torch import nn
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import COMPONENTS, CheckpointError, Component, load_t5, load_transformer, local_folder, read_model_index
 from flux_lab.clip import CLIPTextModel
+from flux_lab.inference.budget import check_device
 from flux_lab.inference.int8 import Linear8bit
 from flux_lab.inference.nf4 import LinearNF4
 from flux_lab.inference.quantized_linear import QuantizedLinear
@@ -41,10 +42,12 @@ def quantize(model: nn.Module, scheme: str, device: torch.device | str | None = 
 
     `scheme` is "int8" or "nf4". With `device` each layer moves there before it is quantized, and the rest of the model at the end, so
     that the device never holds more than the quantized model and one layer. With backend="bitsandbytes" that package's layers, whose
-    GPU kernels are faster, take their place. Raises ValueError for an unknown scheme, a model that stays as it is, or weights that
-    are not finite; ImportError when the backend is missing.
+    GPU kernels are faster, take their place. Raises ValueError for an unknown scheme, a device that is not there, a model that stays
+    as it is, or weights that are not finite; ImportError when the backend is missing.
     """
     make = _maker(scheme, backend)
+    if device is not None:
+        check_device(device)
     if isinstance(model, AutoencoderKL | CLIPTextModel):
         raise ValueError(f"model: {type(model).__name__} stays as it is: it is small, and nothing after it evens out its errors")
     names = linear_names(model)
@@ -122,8 +125,10 @@ def save_quantized(model: nn.Module, folder: str | Path) -> Path:
 def load_quantized(folder: str | Path, scheme: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
     """Read what `save_quantized` wrote. On the CPU the weights are the file itself, mapped into memory.
 
-    Raises CheckpointError when the file is not quantized, or not as `scheme`, or a tensor of it does not fit.
+    Raises CheckpointError when the file is not quantized, or not as `scheme`, or a tensor of it does not fit; ValueError for a device
+    that is not there.
     """
+    check_device(device)
     folder = Path(folder)
     component = _component_in(folder)
     file = folder / f"{component.weights}.safetensors"

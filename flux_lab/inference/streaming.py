@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux_lab.inference.budget import gb, parse_bytes
+from flux_lab.inference.budget import check_device, gb, parse_bytes
 from flux_lab.inference.hoisting import Conditioning
 from flux_lab.inference.loading import Read, assign, open_model, tensors_of
 from flux_lab.t5 import T5EncoderModel
@@ -88,14 +88,14 @@ class Streamer:
 
     def _fetch(self, index: int) -> None:
         if index not in self.fetched:
-            self.fetched[index] = self.thread.submit(self._read, self.blocks[index])
+            self.fetched[index] = self.thread.submit(self._read, index)
 
-    def _read(self, names: list[str]) -> dict[str, Tensor]:
+    def _read(self, index: int) -> dict[str, Tensor]:
         """In the thread. On CUDA with a queue of its own, or the copies would wait for the kernels of the blocks before."""
         if self.side is None:
-            return self.read(names)
+            return self.read(self.blocks[index])
         with torch.cuda.stream(self.side):
-            tensors = self.read(names)
+            tensors = self.read(self.blocks[index])
         self.side.synchronize()
         return tensors
 
@@ -122,7 +122,7 @@ def streamed(
     Raises CheckpointError for a file that does not fit the configuration, ValueError when the budget is too small.
     """
     budget = parse_bytes(memory_budget)
-    model, read = open_model(folder, device, dtype, conditionings)
+    model, read = open_model(folder, device, dtype, conditionings, mapped=False)
     with Streamer(model, read, device, budget) as ready:
         yield ready
 
@@ -130,6 +130,7 @@ def streamed(
 @contextlib.contextmanager
 def offloaded(model: nn.Module, device: torch.device | str, memory_budget: int | str | None = None) -> Iterator[nn.Module]:
     """The model on `device`, for a `with` block, while its weights stay where they are: at most `memory_budget` of them is there."""
+    check_device(device)
     budget, home = parse_bytes(memory_budget), tensors_of(model)
     if torch.device(device).type == "cuda":  # pages that the system cannot move are copied faster, and by the side
         home = {name: tensor.pin_memory() for name, tensor in home.items()}

@@ -2,18 +2,21 @@
 
 A safetensors file is 8 bytes with the length of the header, the header in json (name, dtype, shape, place), and the numbers. Mapping
 shows a piece of the file as memory; a page of it is read when it is first touched. A tensor that is mapped costs nothing until then, and
-its pages go when the tensor goes.
+its pages go when the tensor goes. Whoever reads a file larger than the memory, again and again, had better not map it: see `copy`.
 """
 
+import errno
 import json
 import math
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +30,8 @@ CAST = ("weight", "bias")
 WIDE = T5EncoderModel._keep_in_fp32_modules
 # What the system reads ahead at one request, and how much of a page has to be touched.
 READ_AHEAD, PAGE = 2**17, mmap.PAGESIZE
+# What one request to the disk asks for, past the cache. Several at a time were slower: their threads hold up the products.
+CHUNK = 2**24
 
 
 class Entry(NamedTuple):
@@ -66,6 +71,7 @@ class WeightFiles(Mapping[str, Tensor]):
     def __init__(self, folder: str | Path, dtype: torch.dtype | None = None):
         self.dtype = dtype
         self._entries: dict[str, Entry] = {}
+        self._memory = ReusedMemory()
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise CheckpointError(folder, "a folder with safetensors files", "none")
@@ -95,6 +101,23 @@ class WeightFiles(Mapping[str, Tensor]):
                 raw[::PAGE].sum()
         return {name: view(*each).to(device).to(self._dtype(name)) for name, each in mapped.items()}
 
+    def copy(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Tensors in memory of their own, read past the system's cache of files: for what is read once, and then other tensors.
+
+        All of them look at one piece of memory. It is used for later copies when none of them is left. Raises CheckpointError for a
+        file that has become shorter.
+        """
+        entries = {name: self._entries[name] for name in names}
+        spans = spans_of(entries.values())
+        memory, places, end = self._memory.take(sum(span.size for span in spans)), {}, 0
+        for span in spans:
+            stop = span.start + read_past_cache(span.file, span.start, memory[end : end + span.size])
+            if stop < span.entries[-1].stop:
+                raise CheckpointError(span.file, f"{span.entries[-1].stop} bytes or more", f"{stop}, truncated since it was opened")
+            places |= {entry: end + entry.start - span.start for entry in span.entries}
+            end += span.size
+        return {name: _look(memory, places[entry], entry).to(device).to(self._dtype(name)) for name, entry in entries.items()}
+
     def _dtype(self, name: str) -> torch.dtype:
         own, parts = self._entries[name].dtype, name.split(".")
         dtype = own if self.dtype is None or not own.is_floating_point or parts[-1] not in CAST else self.dtype
@@ -122,3 +145,83 @@ def _read_ahead(entry: Entry) -> None:
     with entry.file.open("rb") as stream:
         for start in range(entry.start, entry.stop, READ_AHEAD):
             os.posix_fadvise(stream.fileno(), start, min(READ_AHEAD, entry.stop - start), os.POSIX_FADV_WILLNEED)
+
+
+# ------------------------------------------------------------------------------------------------------- past the cache of files
+
+
+class Span(NamedTuple):
+    """A piece of a file from one page's start to another's, and what lies in it."""
+
+    file: Path
+    start: int
+    size: int
+    entries: list[Entry]
+
+
+def spans_of(entries: Iterable[Entry]) -> list[Span]:
+    """As few pieces as there are gaps of more than a page between the entries."""
+    spans: list[Span] = []
+    for entry in sorted(entries, key=lambda entry: (entry.file, entry.start)):
+        start, stop = entry.start // PAGE * PAGE, -(-entry.stop // PAGE) * PAGE
+        last = spans[-1] if spans else None
+        if last and last.file == entry.file and start <= last.start + last.size:
+            spans[-1] = Span(last.file, last.start, max(last.size, stop - last.start), [*last.entries, entry])
+        else:
+            spans.append(Span(entry.file, start, stop - start, [entry]))
+    return spans
+
+
+def read_past_cache(file: Path, start: int, memory: np.ndarray) -> int:
+    """Fill `memory` with the file's bytes from `start`, both at the start of a page. Returns how many there were.
+
+    The disk writes into `memory` itself, where the file system can do that: a copy in the system's cache would cost time that the
+    products need, and push out other files, to no use when the whole file is larger than the cache.
+    """
+    try:
+        return _fill(file, start, memory, getattr(os, "O_DIRECT", 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return _fill(file, start, memory, 0)
+
+
+def _fill(file: Path, start: int, memory: np.ndarray, flags: int) -> int:
+    opener = (lambda path, own: os.open(path, own | flags)) if flags else None
+    with open(file, "rb", buffering=0, opener=opener) as stream:
+        stream.seek(start)
+        read = 0
+        while read < len(memory) and (count := stream.readinto(memory[read : read + CHUNK])):
+            read += count
+            if count % PAGE:  # the end of the file
+                break
+    return read
+
+
+class ReusedMemory:
+    """Pieces of memory that are used again. Memory that is new has to be cleared by the system, which takes as long as reading it full."""
+
+    def __init__(self):
+        self.free: list[mmap.mmap] = []
+
+    def take(self, size: int) -> np.ndarray:
+        """`size` bytes. They are free again when the last that looks at them is gone."""
+        large_enough = [memory for memory in self.free if len(memory) >= size]
+        if large_enough:
+            memory = min(large_enough, key=len)
+            self.free.remove(memory)
+        else:
+            self.free.clear()
+            memory = mmap.mmap(-1, max(size, 1))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        taken = np.frombuffer(memory, np.uint8, size)
+        weakref.finalize(taken, self.free.append, memory).atexit = False
+        return taken
+
+
+def _look(memory: np.ndarray, place: int, entry: Entry) -> Tensor:
+    count = math.prod(entry.shape)
+    if not count:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    return torch.frombuffer(memory, dtype=entry.dtype, count=count, offset=place).view(entry.shape)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flux_lab.instruments.seams import Chunk, Passes, Patterns, View, arguments, matcher, replaced, seams
 from flux_lab.pipeline import FluxPipeline
-from flux_lab.transformer import FluxTransformer2DModel
+from flux_lab.transformer import FluxTransformer2DModel, named_blocks
 
 STREAMS = ("text", "image")
 Hook = Callable[..., Any]
@@ -70,12 +70,6 @@ def ablate(
 def unchanged(hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """A block that does nothing: (text, image) as they came."""
     return encoder_hidden_states, hidden_states
-
-
-def named_blocks(model: FluxTransformer2DModel) -> dict[str, nn.Module]:
-    """Block by its name, `double 00` ... `single 37`, in the order of the run."""
-    kinds = {"double": model.transformer_blocks, "single": model.single_transformer_blocks}
-    return {f"{kind} {index:02d}": block for kind, blocks in kinds.items() for index, block in enumerate(blocks)}
 
 
 # ---- what is meant ------------------------------------------------------------------------------------------------------

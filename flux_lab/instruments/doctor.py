@@ -5,6 +5,7 @@ No path in it goes above the repository or the home folder, and no user is named
 
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -34,7 +35,9 @@ GIB = 2**30
 ACTIVATIONS = 3 * GIB
 # The models whose matrices are worth quantizing: they hold 98 % of FLUX.1's parameters.
 QUANTIZED = ("transformer", "text_encoder_2")
-NF4_BLOCK = 64
+# Among them T5's `wo` stays as it is.
+KEPT = ".wo"
+NF4_BLOCK, NESTED_BLOCK = 64, 256
 
 
 def report() -> str:
@@ -157,10 +160,9 @@ def shorten(text: str) -> str:
 
 
 class Numbers(NamedTuple):
-    """What one model is made of: the numbers in matrices worth quantizing, the rows of these, and all other numbers."""
+    """What one model is made of: the rows and columns of every matrix worth quantizing, and how many other numbers there are."""
 
-    matrices: int
-    rows: int
+    matrices: list[tuple[int, int]]
     others: int
 
 
@@ -173,16 +175,25 @@ class Need(NamedTuple):
 
 
 def needs() -> list[Need]:
-    """Computed from the configurations, on models without memory."""
+    """Computed from the configurations. The planner, `flux-lab plan`, counts real layers; a test holds these formulas to it."""
     small, real = numbers_of(MINIATURE), numbers_of(FLUX_1_DEV)
     return [
-        need("miniature, float32", small, lambda part: 4 * (part.matrices + part.others)),
-        need("FLUX.1-dev, bfloat16", real, lambda part: 2 * (part.matrices + part.others)),
+        need("miniature, float32", small, lambda rows, columns: 4 * rows * columns, 4),
+        need("FLUX.1-dev, bfloat16", real, lambda rows, columns: 2 * rows * columns, 2),
         # One byte a number and one fp32 scale a row.
-        need("FLUX.1-dev, 8-bit", real, lambda part: part.matrices + 4 * part.rows + 2 * part.others),
-        # Half a byte a number and one fp32 scale a block.
-        need("FLUX.1-dev, 4-bit", real, lambda part: part.matrices // 2 + 4 * (part.matrices // NF4_BLOCK) + 2 * part.others),
+        need("FLUX.1-dev, 8-bit", real, lambda rows, columns: rows * columns + 4 * rows, 2),
+        need("FLUX.1-dev, 4-bit", real, nf4_bytes, 2),
     ]
+
+
+def nf4_bytes(rows: int, columns: int) -> int:
+    """Half a byte a number, one byte for the scale of a block, one fp32 scale for a block of these, and one number for all."""
+    blocks = ceil_div(rows * columns, NF4_BLOCK)
+    return ceil_div(rows * columns, 2) + blocks + 4 * ceil_div(blocks, NESTED_BLOCK) + 4
+
+
+def ceil_div(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 @functools.cache
@@ -191,15 +202,16 @@ def numbers_of(anatomy: Anatomy) -> list[Numbers]:
     counted = []
     for part in MODELS:
         model = on_meta(part, anatomy)
-        linears = [module for module in model.modules() if isinstance(module, nn.Linear)] if part in QUANTIZED else []
-        matrices = sum(linear.weight.numel() for linear in linears)
-        rows = sum(linear.out_features for linear in linears)
-        counted.append(Numbers(matrices, rows, sum(parameter.numel() for parameter in model.parameters()) - matrices))
+        linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and not name.endswith(KEPT)]
+        matrices = [tuple(linear.weight.shape) for linear in linears if part in QUANTIZED]
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        counted.append(Numbers(matrices, everything - sum(rows * columns for rows, columns in matrices)))
     return counted
 
 
-def need(name: str, models: list[Numbers], bytes_of: Callable[[Numbers], int]) -> Need:
-    sizes = [bytes_of(model) for model in models]
+def need(name: str, models: list[Numbers], bytes_of: Callable[[int, int], int], width: int) -> Need:
+    """`bytes_of` a matrix of so many rows and columns; all other numbers take `width` bytes each."""
+    sizes = [sum(itertools.starmap(bytes_of, model.matrices)) + width * model.others for model in models]
     return Need(name, sum(sizes), max(sizes))
 
 

@@ -87,6 +87,7 @@ STAGES = {
     "sigma_schedule": ("scheduler",),
     "denoising_loop": ("transformer", "scheduler"),
     "vae": ("vae",),
+    "flux_in_16_gb": ("text_encoder", "text_encoder_2", "transformer", "conditioning", "rope", "double", "single", "vae"),
 }
 
 

@@ -1,5 +1,8 @@
 """The shapes of FLUX.1-dev beside the miniature's: the trace of a run on the `meta` device, which takes seconds and no memory."""
 
+import re
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -47,11 +50,26 @@ def side_by_side(
     headings = names or tuple(getattr(each, "name", f"trace {place}") for place, each in enumerate(anatomies, start=1))
     if len(headings) != len(anatomies):
         raise ValueError(f"names: expected {len(anatomies)} headings, one for each anatomy, got {len(headings)}")
-    traces = [each if isinstance(each, Trace) else trace_shapes(each, probabilities=probabilities) for each in anatomies]
     fits = matcher(only)
+    traces = [each if isinstance(each, Trace) else trace_shapes(as_deep_as(each, only), probabilities=probabilities) for each in anatomies]
     axes = {name: " ".join(names) for recorded in reversed(traces) for name, names in recorded.axes.items() if fits(name)}
     ordered = dict.fromkeys(name for recorded in traces for name in recorded if name in axes)
     rows = [
         [f"`{name}`", axes[name], *(tuple(recorded[name].shape) if name in recorded else "" for recorded in traces)] for name in ordered
     ]
     return Table(["tensor", "axes", *headings], rows)
+
+
+def as_deep_as(anatomy: Anatomy, only: Patterns | None) -> Anatomy:
+    """The anatomy without the blocks behind the last one that `only` can name: they change no shape, and every block takes its time."""
+    patterns = [only] if isinstance(only, str) else [""] if only is None else list(only)
+    beginnings = [re.split(r"[*?[]", pattern)[0] for pattern in patterns]
+
+    def depth(kind: str, count: int) -> int:
+        names = [f"{kind} {index:02d}/" for index in range(count)]
+        asked = [any(name.startswith(start) or start.startswith(name) for start in beginnings) for name in names]
+        return max((place for place, is_asked in enumerate(asked, start=1) if is_asked), default=1)
+
+    network = anatomy.transformer
+    layers = {"num_layers": depth("double", network.num_layers), "num_single_layers": depth("single", network.num_single_layers)}
+    return replace(anatomy, transformer=replace(network, **layers))

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flux_lab.instruments.ablate import STREAMS, named_blocks
+from flux_lab.instruments.ablate import STREAMS
 from flux_lab.instruments.trace import trace
 from flux_lab.pipeline import FluxPipeline
+from flux_lab.transformer import named_blocks
 
 START = "embedded"
 FIELDS = ("text", "image", "velocity", "x0", "distance")

@@ -19,18 +19,12 @@ from flux_lab.training.captions import Caption
 from flux_lab.training.flow import predict_velocity
 from flux_lab.training.obedience import score
 from flux_lab.training.reader import Reader, read_attributes
-from flux_lab.transformer import FluxTransformer2DModel
+from flux_lab.transformer import named_blocks
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.25, 0.1)
 GUIDANCES = (1.0, 2.0, 3.5, 5.0)
 STEPS = (2, 4, 8, 16, 28)
 Generate = Callable[..., UInt8[np.ndarray, "prompts height width 3"]]
-
-
-def named_blocks(transformer: FluxTransformer2DModel) -> dict[str, nn.Module]:
-    """Blocks in the order in which they are run: `double 00` ... `single 37`."""
-    kinds = {"double": transformer.transformer_blocks, "single": transformer.single_transformer_blocks}
-    return {f"{kind} {index:02d}": block for kind, blocks in kinds.items() for index, block in enumerate(blocks)}
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ mini = instruments.anatomy_of(pipe)  # its sizes
 # %%
 show(
     plots.pipeline_map("tokenization"),
-    alt="Map of the pipeline with the two tokenizers lit: a prompt goes in, ids come out, [1, 77] for CLIP and"
+    alt="Map of the pipeline with the two tokenizers lit: a prompt goes in, ids come out, [1, 77]"
+    " for CLIP and"
     " [1, 32] for T5, in FLUX.1-dev [1, 512].",
 )
 
@@ -56,7 +57,8 @@ show(
 PROMPT = "a large shiny red sphere to the left of a small turquoise cylinder on a wooden floor"
 show(
     plots.token_strips({"CLIP": clip.explain(PROMPT), "T5": t5.explain(PROMPT)}),
-    alt="The prompt cut by CLIP and by T5. Each word is one piece, with its id below. CLIP adds a start and an end token, T5 an end token.",
+    alt="The prompt cut by CLIP and by T5. Each word is one piece, with its id below. CLIP adds a"
+    " start and an end token, T5 an end token.",
 )
 
 # %% [markdown]
@@ -82,7 +84,10 @@ for name, part, length in (("CLIP", "text_encoder", 77), ("T5", "text_encoder_2"
     sizes = [getattr(anatomy, part).vocab_size for anatomy in (mini, FLUX_1_DEV)]
     slots = [length or anatomy.length for anatomy in (mini, FLUX_1_DEV)]
     rows += [[f"{name}: pieces in the vocabulary", *sizes], [f"{name}: slots for tokens", *slots]]
-assert [len(clip.vocab), len(t5.vocab)] == [mini.text_encoder.vocab_size, mini.text_encoder_2.vocab_size]
+assert [len(clip.vocab), len(t5.vocab)] == [
+    mini.text_encoder.vocab_size,
+    mini.text_encoder_2.vocab_size,
+]
 print(Table(["", "miniature", "FLUX.1-dev"], rows))
 
 # %% [markdown]
@@ -124,7 +129,8 @@ assert all(symbol in clip.vocab and symbol + "</w>" in clip.vocab for symbol in 
 # %%
 show(
     plots.bpe_ladder(clip.explain("turquoise").words[0]),
-    alt="The word turquoise: nine bytes at the top, after eight merges one piece at the bottom. The new symbol of each row is lit.",
+    alt="The word turquoise: nine bytes at the top, after eight merges one piece at the bottom. The"
+    " new symbol of each row is lit.",
 )
 
 # %% [markdown]
@@ -171,7 +177,8 @@ bytes_twice, specials = 2 * 256, 2
 for anatomy in (mini, FLUX_1_DEV):
     size = anatomy.text_encoder.vocab_size
     print(
-        f"{anatomy.name:10} {size:6,} pieces = {bytes_twice} bytes + {size - bytes_twice - specials:6,} merges + {specials} special tokens"
+        f"{anatomy.name:10} {size:6,} pieces = {bytes_twice} bytes +"
+        f" {size - bytes_twice - specials:6,} merges + {specials} special tokens"
     )
 assert len(clip.ranks) == mini.text_encoder.vocab_size - bytes_twice - specials
 
@@ -208,7 +215,8 @@ print("words:     ", [word.text for word in steps.words])
 greenish = t5.explain("greenish").words[0]
 show(
     plots.unigram_lattice(greenish),
-    alt="All pieces that fit into ▁greenish, each over the characters it covers. The best path is filled: ▁green, is, h.",
+    alt="All pieces that fit into ▁greenish, each over the characters it covers. The best path is"
+    " filled: ▁green, is, h.",
 )
 
 # %% [markdown]
@@ -226,7 +234,10 @@ for piece in greenish.lattice:  # in the order of their start
     total = best[piece.start][0] + piece.score
     if piece.end not in best or total > best[piece.end][0]:
         best[piece.end] = (total, piece.piece)
-rows = [[greenish.text[:end], paths[end], f"{best[end][0]:.2f}", best[end][1]] for end in sorted(best)[1:]]
+rows = [
+    [greenish.text[:end], paths[end], f"{best[end][0]:.2f}", best[end][1]]
+    for end in sorted(best)[1:]
+]
 print(Table(["up to here", "paths", "best sum", "last piece"], rows))
 assert abs(best[len(greenish.text)][0] - greenish.score) < 1e-9
 
@@ -248,7 +259,8 @@ print("longest first:", *longest, f"sum {sum(t5.scores[piece][1] for piece in lo
 # %%
 show(
     plots.unigram_lattice(word),
-    alt="The lattice of ▁cylindrical with its best path, which takes d, r, ic where the longest pieces would be d, ri, c.",
+    alt="The lattice of ▁cylindrical with its best path, which takes d, r, ic where the longest"
+    " pieces would be d, ri, c.",
 )
 
 # %% [markdown]
@@ -263,22 +275,33 @@ show(
 # %% tags=["nbval-check-output"]
 clip_ids, t5_ids = clip(PROMPT), t5(PROMPT)
 for name, ids, tokenizer in (("CLIP", clip_ids, clip), ("T5", t5_ids, t5)):
-    print(f"{name:4} shape {list(ids.shape)}, {ids.dtype}, end {tokenizer.eos_token_id}, padding {tokenizer.pad_token_id}")
+    print(
+        f"{name:4} shape {list(ids.shape)}, {ids.dtype}, end {tokenizer.eos_token_id}, padding"
+        f" {tokenizer.pad_token_id}"
+    )
     print("    ", ids[0].tolist())
 
 
 # %%
 def kinds(tokenizer, text, length, start):
     count = min(len(tokenizer.encode(text)), length)
-    return ["start"] * start + ["text"] * (count - start - 1) + ["end"] + ["padding"] * (length - count)
+    return (
+        ["start"] * start
+        + ["text"] * (count - start - 1)
+        + ["end"]
+        + ["padding"] * (length - count)
+    )
 
 
 slots = {"CLIP, 77 slots in both models": kinds(clip, PROMPT, 77, start=1)}
 for anatomy in (mini, FLUX_1_DEV):
-    slots[f"T5, {anatomy.length} slots in {anatomy.name}"] = kinds(t5, PROMPT, anatomy.length, start=0)
+    slots[f"T5, {anatomy.length} slots in {anatomy.name}"] = kinds(
+        t5, PROMPT, anatomy.length, start=0
+    )
 show(
     plots.slot_grid(slots),
-    alt="What stands in each slot for the prompt: some text, then padding. Of T5's 512 slots almost all are padding.",
+    alt="What stands in each slot for the prompt: some text, then padding. Of T5's 512 slots almost"
+    " all are padding.",
 )
 
 # %% [markdown]
@@ -292,7 +315,8 @@ show(
 print(*t5.pieces_of(t5(PROMPT, max_length=8)[0]))
 long = " and ".join([PROMPT] * 6)
 print(
-    f"six prompts in one: CLIP {len(clip.encode(long))} tokens, reads 77; T5 {len(t5.encode(long))} tokens, reads up to 512 in FLUX.1-dev"
+    f"six prompts in one: CLIP {len(clip.encode(long))} tokens, reads 77; T5 {len(t5.encode(long))}"
+    " tokens, reads up to 512 in FLUX.1-dev"
 )
 print("CLIP's last three:", *clip.pieces_of(clip(long)[0, -3:]))
 
@@ -318,18 +342,24 @@ counted = {
     "characters": {name: len(text) for name, text in languages.items()},
     "CLIP tokens": {name: len(clip_ids) for name, (clip_ids, _) in ids.items()},
     "T5 tokens": {name: len(t5_ids) for name, (_, t5_ids) in ids.items()},
-    "T5 tokens that are unknown": {name: t5_ids.count(t5.unk_token_id) for name, (_, t5_ids) in ids.items()},
+    "T5 tokens that are unknown": {
+        name: t5_ids.count(t5.unk_token_id) for name, (_, t5_ids) in ids.items()
+    },
 }
 show(
     plots.grouped_bars(counted, xlabel="number"),
-    alt="Characters and tokens of one sentence in five languages. English needs 6 tokens; in Russian, Chinese and emoji"
+    alt="Characters and tokens of one sentence in five languages. English needs 6 tokens; in"
+    " Russian, Chinese and emoji"
     " CLIP needs more tokens than there are characters, and T5 gives unknown tokens.",
 )
 
 # %%
 show(
-    plots.token_strips({f"{name}, T5": t5.explain(languages[name]) for name in ("French", "Russian", "Chinese")}),
-    alt="T5's tokens of the French, the Russian and the Chinese sentence. All Russian words and the whole Chinese sentence are unknown.",
+    plots.token_strips(
+        {f"{name}, T5": t5.explain(languages[name]) for name in ("French", "Russian", "Chinese")}
+    ),
+    alt="T5's tokens of the French, the Russian and the Chinese sentence. All Russian words and the"
+    " whole Chinese sentence are unknown.",
 )
 
 # %% [markdown]
@@ -402,8 +432,19 @@ from flux_lab.training.world import sample_scene
 
 rng = np.random.default_rng(0)
 texts = [caption.text for _ in range(200) for caption in captions(sample_scene(rng), rng, 2)]
-texts += [*languages.values(), long, "", "  \n\t", "<|endoftext|> a </s> <pad> <extra_id_3>", "ΟΔΟΣ ΣΟΦΟΣ", "e\u0301 n\u0303", "x" * 500]
-assigned = [code for code in range(32, 0x3100) if unicodedata.category(chr(code)) not in ("Cn", "Cs")]
+texts += [
+    *languages.values(),
+    long,
+    "",
+    "  \n\t",
+    "<|endoftext|> a </s> <pad> <extra_id_3>",
+    "ΟΔΟΣ ΣΟΦΟΣ",
+    "e\u0301 n\u0303",
+    "x" * 500,
+]
+assigned = [
+    code for code in range(32, 0x3100) if unicodedata.category(chr(code)) not in ("Cn", "Cs")
+]
 texts += ["".join(map(chr, rng.choice(assigned, 12))) for _ in range(200)]
 
 # %% tags=["nbval-check-output"]
@@ -415,9 +456,14 @@ theirs = {
     "T5": transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
 }
 for name, ours, length in (("CLIP", clip, 77), ("T5", t5, 32), ("T5", t5, 512)):
-    reference = theirs[name](texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    reference = theirs[name](
+        texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
     difference = int((ours(texts, max_length=length) - reference).abs().max())
-    print(f"{name:4} {len(texts)} texts, {length:3} ids each, largest difference of an id: {difference}")
+    print(
+        f"{name:4} {len(texts)} texts, {length:3} ids each, largest difference of an id:"
+        f" {difference}"
+    )
     assert difference == 0
 
 # %% [markdown]
@@ -431,7 +477,11 @@ def cut(text="a spherecube, SHINY"):
     return plots.token_strips({"CLIP": clip.explain(text), "T5": t5.explain(text)})
 
 
-explore(cut, text=str, alt="The text 'a spherecube, SHINY', cut by both tokenizers into pieces of words.")
+explore(
+    cut,
+    text=str,
+    alt="The text 'a spherecube, SHINY', cut by both tokenizers into pieces of words.",
+)
 
 
 # %% [markdown]
@@ -446,7 +496,12 @@ def microscope(word="astronaut", tokenizer="T5"):
     return plots.unigram_lattice(t5.explain(last).words[0])
 
 
-explore(microscope, word=str, tokenizer=["CLIP", "T5"], alt="The lattice of ▁astronaut: ▁a and eight single letters are the best path.")
+explore(
+    microscope,
+    word=str,
+    tokenizer=["CLIP", "T5"],
+    alt="The lattice of ▁astronaut: ▁a and eight single letters are the best path.",
+)
 
 # %% [markdown]
 # ## Break it
@@ -487,7 +542,10 @@ show(
 flat = copy.copy(t5)
 flat.scores = {piece: (index, -1.0) for piece, (index, _) in t5.scores.items()}
 for text in ("ones", "wine", "greenish", "a red sphere"):
-    right, broken = ([piece.piece for word in each.explain(text).words for piece in word.path] for each in (t5, flat))
+    right, broken = (
+        [piece.piece for word in each.explain(text).words for piece in word.path]
+        for each in (t5, flat)
+    )
     print(f"{text:12} {' '.join(right):28} flat: {' '.join(broken)}")
 
 # %% [markdown]
@@ -500,7 +558,10 @@ for text in ("ones", "wine", "greenish", "a red sphere"):
 
 # %% tags=["nbval-check-output"]
 for word in ("cube", "cubes", "sphere", "spheres", "astronaut"):
-    print(f"{word:10} CLIP {len(clip.explain(word).words[0].ids)}, T5 {len(t5.explain(word).words[0].fused())}")
+    print(
+        f"{word:10} CLIP {len(clip.explain(word).words[0].ids)}, T5"
+        f" {len(t5.explain(word).words[0].fused())}"
+    )
 
 # %% [markdown]
 # **"CLIP reads the first 77 words."** It has 77 slots. Two of them are start and end, so 75 are left for pieces:
@@ -518,9 +579,14 @@ print("slots:", len(ids), " cubes that fit:", int((ids == clip.vocab["cube</w>"]
 # %%
 show(
     plots.token_strips(
-        {f"{name}: {text}": each.explain(text) for text in ("red cube", "RED Cube") for name, each in (("CLIP", clip), ("T5", t5))}
+        {
+            f"{name}: {text}": each.explain(text)
+            for text in ("red cube", "RED Cube")
+            for name, each in (("CLIP", clip), ("T5", t5))
+        }
     ),
-    alt="CLIP gives the same ids for red cube and RED Cube. T5 gives two tokens for the first, and nine for the second.",
+    alt="CLIP gives the same ids for red cube and RED Cube. T5 gives two tokens for the first, and"
+    " nine for the second.",
 )
 assert clip.encode("RED Cube") == clip.encode("red cube")
 assert t5.encode("RED Cube") != t5.encode("red cube")

@@ -24,7 +24,12 @@ from flux_lab.t5 import T5Attend, gelu_new, relative_position_bucket
 torch.set_grad_enabled(False)
 pipe = flux_lab.load_mini()
 pipe.set_progress_bar_config(disable=True)
-clip, clip_encoder, t5, t5_encoder = pipe.tokenizer, pipe.text_encoder, pipe.tokenizer_2, pipe.text_encoder_2
+clip, clip_encoder, t5, t5_encoder = (
+    pipe.tokenizer,
+    pipe.text_encoder,
+    pipe.tokenizer_2,
+    pipe.text_encoder_2,
+)
 mini = instruments.anatomy_of(pipe)  # its sizes
 
 # %% [markdown]
@@ -33,7 +38,8 @@ mini = instruments.anatomy_of(pipe)  # its sizes
 # %%
 show(
     plots.pipeline_map("text_encoders"),
-    alt="Map of the pipeline with the two text encoders lit: ids go in. CLIP gives one vector, T5 one vector for each token.",
+    alt="Map of the pipeline with the two text encoders lit: ids go in. CLIP gives one vector, T5"
+    " one vector for each token.",
 )
 
 # %% [markdown]
@@ -73,9 +79,15 @@ rows = []
 for name, part in (("CLIP", "text_encoder"), ("T5", "text_encoder_2")):
     for anatomy in (mini, FLUX_1_DEV):
         config = getattr(anatomy, part)
-        layers, heads = (config.num_hidden_layers, config.num_attention_heads) if name == "CLIP" else (config.num_layers, config.num_heads)
+        layers, heads = (
+            (config.num_hidden_layers, config.num_attention_heads)
+            if name == "CLIP"
+            else (config.num_layers, config.num_heads)
+        )
         width = config.hidden_size if name == "CLIP" else config.d_model
-        rows.append([name, anatomy.name, layers, width, heads, instruments.parameter_counts(anatomy)[part]])
+        rows.append(
+            [name, anatomy.name, layers, width, heads, instruments.parameter_counts(anatomy)[part]]
+        )
 print(Table(["encoder", "model", "layers", "width", "heads", "parameters"], rows))
 
 # %% [markdown]
@@ -90,8 +102,18 @@ clip_ids, t5_ids = clip(PROMPT), t5(PROMPT)
 token, place = clip_encoder.embeddings.token_embedding, clip_encoder.embeddings.position_embedding
 x = token(clip_ids) + place(torch.arange(77))
 assert torch.equal(x, clip_encoder.embeddings(clip_ids))
-print("table of ids   ", list(token.weight.shape), " FLUX.1-dev", [FLUX_1_DEV.text_encoder.vocab_size, FLUX_1_DEV.text_encoder.hidden_size])
-print("table of places", list(place.weight.shape), "   FLUX.1-dev", [77, FLUX_1_DEV.text_encoder.hidden_size])
+print(
+    "table of ids   ",
+    list(token.weight.shape),
+    " FLUX.1-dev",
+    [FLUX_1_DEV.text_encoder.vocab_size, FLUX_1_DEV.text_encoder.hidden_size],
+)
+print(
+    "table of places",
+    list(place.weight.shape),
+    "   FLUX.1-dev",
+    [77, FLUX_1_DEV.text_encoder.hidden_size],
+)
 print("their sum      ", list(x.shape))
 
 # %% [markdown]
@@ -128,9 +150,15 @@ clip_weights = attention_weights(clip_encoder, clip(short))
 axes = {"xlabel": "key: the token that is looked at", "ylabel": "query: the token that looks"}
 show(
     plots.labelled_map(
-        clip_weights[0].mean(0)[:count, :count], clip_pieces, clip_pieces, **axes, label="weight, mean of the heads", digits=2
+        clip_weights[0].mean(0)[:count, :count],
+        clip_pieces,
+        clip_pieces,
+        **axes,
+        label="weight, mean of the heads",
+        digits=2,
     ),
-    alt="CLIP's attention weights in the first layer: a lower triangle. All weights above the diagonal are zero.",
+    alt="CLIP's attention weights in the first layer: a lower triangle. All weights above the"
+    " diagonal are zero.",
 )
 assert clip_weights.triu(1).abs().max() == 0
 
@@ -150,7 +178,9 @@ def movement(before, after):
 
 
 other = short.replace("sphere", "cone")
-clip_moved = movement(clip_encoder(clip(short)).last_hidden_state, clip_encoder(clip(other)).last_hidden_state)[0]
+clip_moved = movement(
+    clip_encoder(clip(short)).last_hidden_state, clip_encoder(clip(other)).last_hidden_state
+)[0]
 t5_moved = movement(t5_encoder(t5(short)), t5_encoder(t5(other)))[0]
 assert clip_moved[:3].max() < 1e-6
 assert t5_moved.min() > 0
@@ -159,8 +189,15 @@ assert t5_moved.min() > 0
 places, no_start = torch.arange(count - 1), torch.tensor([float("nan")])
 moved = {"CLIP": clip_moved[places], "T5": torch.cat([no_start, t5_moved[: count - 2]])}
 show(
-    plots.curves(places, moved, xlabel="place in CLIP's sequence (at 3 sphere becomes cone)", ylabel="movement (share)", step=True),
-    alt="Movement of each token's vector when sphere becomes cone: CLIP's are zero before the word, T5's move everywhere.",
+    plots.curves(
+        places,
+        moved,
+        xlabel="place in CLIP's sequence (at 3 sphere becomes cone)",
+        ylabel="movement (share)",
+        step=True,
+    ),
+    alt="Movement of each token's vector when sphere becomes cone: CLIP's are zero before the word,"
+    " T5's move everywhere.",
 )
 
 # %% [markdown]
@@ -175,14 +212,24 @@ show(
 
 # %%
 x = torch.linspace(-4, 4, 161)
-difference = {"quick_gelu − GELU": quick_gelu(x) - F.gelu(x), "gelu_new − GELU": gelu_new(x) - F.gelu(x)}
+difference = {
+    "quick_gelu − GELU": quick_gelu(x) - F.gelu(x),
+    "gelu_new − GELU": gelu_new(x) - F.gelu(x),
+}
 show(
-    plots.curves(x, {"quick_gelu (CLIP)": quick_gelu(x), "GELU": F.gelu(x), "ReLU": F.relu(x)}, xlabel="x", ylabel="activation"),
-    alt="quick_gelu and GELU against x: nearly one curve, zero far left, x far right, slightly below zero between.",
+    plots.curves(
+        x,
+        {"quick_gelu (CLIP)": quick_gelu(x), "GELU": F.gelu(x), "ReLU": F.relu(x)},
+        xlabel="x",
+        ylabel="activation",
+    ),
+    alt="quick_gelu and GELU against x: nearly one curve, zero far left, x far right, slightly"
+    " below zero between.",
 )
 show(
     plots.curves(x, difference, xlabel="x", ylabel="difference to GELU"),
-    alt="Difference to the exact GELU: quick_gelu is off by up to 0.02, gelu_new by less than a thousandth.",
+    alt="Difference to the exact GELU: quick_gelu is off by up to 0.02, gelu_new by less than a"
+    " thousandth.",
 )
 
 # %% [markdown]
@@ -199,8 +246,20 @@ show(
 output = clip_encoder(clip_ids)
 at = int(clip_ids.argmax(-1))
 assert torch.equal(output.pooler_output, output.last_hidden_state[:, at])
-print("end token:", clip.eos_token_id, "at place", at, "; eos_token_id of the configuration:", clip_encoder.config.eos_token_id)
-print("all vectors", list(output.last_hidden_state.shape), "-> pooled", list(output.pooler_output.shape))
+print(
+    "end token:",
+    clip.eos_token_id,
+    "at place",
+    at,
+    "; eos_token_id of the configuration:",
+    clip_encoder.config.eos_token_id,
+)
+print(
+    "all vectors",
+    list(output.last_hidden_state.shape),
+    "-> pooled",
+    list(output.pooler_output.shape),
+)
 junk = clip_ids.clone()
 junk[:, at + 1 :] = torch.arange(3, 3 + 76 - at)  # other tokens in place of the padding
 torch.testing.assert_close(clip_encoder(junk).pooler_output, output.pooler_output)
@@ -223,9 +282,14 @@ print("with other tokens behind the end token: the same vector")
 distances = torch.arange(-140, 141)
 show(
     plots.curves(
-        distances, {"bucket": relative_position_bucket(distances)}, xlabel="distance: key minus query (tokens)", ylabel="bucket", step=True
+        distances,
+        {"bucket": relative_position_bucket(distances)},
+        xlabel="distance: key minus query (tokens)",
+        ylabel="bucket",
+        step=True,
     ),
-    alt="Bucket against distance: for each side, eight exact steps near zero, then wider and wider ones; beyond 90 the curve is flat.",
+    alt="Bucket against distance: for each side, eight exact steps near zero, then wider and wider"
+    " ones; beyond 90 the curve is flat.",
 )
 
 # %% tags=["nbval-check-output"]
@@ -246,17 +310,27 @@ first = t5_encoder.encoder.block[0].layer[0].SelfAttention
 bias = first.compute_bias(32)
 show(
     plots.position_bias(bias),
-    alt="T5's position bias, one map for each of four heads: stripes along the diagonals, because only the distance counts.",
+    alt="T5's position bias, one map for each of four heads: stripes along the diagonals, because"
+    " only the distance counts.",
 )
 
 # %%
 middle = {f"head {head}": bias[0, head, 16] for head in range(bias.shape[1])}
 show(
-    plots.curves(torch.arange(-16, 16), middle, xlabel="distance: key minus query (tokens)", ylabel="added to the score", step=True),
+    plots.curves(
+        torch.arange(-16, 16),
+        middle,
+        xlabel="distance: key minus query (tokens)",
+        ylabel="added to the score",
+        step=True,
+    ),
     alt="The same numbers against distance, a curve for each head.",
 )
 for head, values in enumerate(bias[0, :, 16]):
-    print(f"head {head}: highest at distance {int(values.argmax()) - 16:+}, lowest at {int(values.argmin()) - 16:+}")
+    print(
+        f"head {head}: highest at distance {int(values.argmax()) - 16:+}, lowest at"
+        f" {int(values.argmin()) - 16:+}"
+    )
 
 # %% [markdown]
 # *What to see*: stripes. Along a diagonal the distance is the same, so the colour is the same. The curves are one row of
@@ -274,7 +348,10 @@ fresh = type(t5_encoder)(t5_encoder.config).encoder.block[0].layer[0].SelfAttent
 for name, layer in (("at the start of training", fresh), ("now", first)):
     ratio = layer.q.weight.std() / layer.k.weight.std()
     print(f"{name:24} size of the query weights / size of the key weights: {ratio:.3f}")
-print(f"1 / sqrt(head width): miniature {mini.text_encoder_2.d_kv**-0.5:.3f}, FLUX.1-dev {FLUX_1_DEV.text_encoder_2.d_kv**-0.5:.3f}")
+print(
+    f"1 / sqrt(head width): miniature {mini.text_encoder_2.d_kv**-0.5:.3f}, FLUX.1-dev"
+    f" {FLUX_1_DEV.text_encoder_2.d_kv**-0.5:.3f}"
+)
 
 # %% [markdown]
 # What if we divide anyway? A row of weights can be read as a number: how many tokens it is spread over. It is
@@ -291,7 +368,10 @@ def spread(scale):
         weights = (scale * queries @ keys.mT + bias).softmax(-1)
         found.append(torch.special.entr(weights).sum(-1).exp().mean().item())
 
-    hooks = [block.layer[0].SelfAttention.attend.register_forward_hook(look) for block in t5_encoder.encoder.block]
+    hooks = [
+        block.layer[0].SelfAttention.attend.register_forward_hook(look)
+        for block in t5_encoder.encoder.block
+    ]
     t5_encoder(t5_ids)
     for hook in hooks:
         hook.remove()
@@ -299,10 +379,12 @@ def spread(scale):
 
 
 # %%
-series = {"as trained, s = 1": spread(1.0), "divided by √d": spread(mini.text_encoder_2.d_kv**-0.5)}
+root = mini.text_encoder_2.d_kv**-0.5
+series = {"as trained, s = 1": spread(1.0), "divided by √d": spread(root)}
 show(
     plots.grouped_bars(series, xlabel="tokens that the attention is spread over (of 32)", digits=1),
-    alt="Spread of T5's attention in each layer, as trained and with the scores divided by the root of the head width.",
+    alt="Spread of T5's attention in each layer, as trained and with the scores divided by the root"
+    " of the head width.",
 )
 
 # %% [markdown]
@@ -316,14 +398,16 @@ show(
 
 # %%
 x = t5_encoder.shared(t5_ids)
-norm, mlp = t5_encoder.encoder.block[0].layer[0].layer_norm, t5_encoder.encoder.block[0].layer[1].DenseReluDense
+attention_layer, mlp_layer = t5_encoder.encoder.block[0].layer
+norm, mlp = attention_layer.layer_norm, mlp_layer.DenseReluDense
 normed = norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 torch.testing.assert_close(normed, norm(x))
 gate, value = gelu_new(normed @ mlp.wi_0.weight.mT), normed @ mlp.wi_1.weight.mT
 torch.testing.assert_close((gate * value) @ mlp.wo.weight.mT, mlp(normed))
-print("ids", list(t5_ids.shape), "-> vectors", list(x.shape), "-> gate and value", list(gate.shape), "-> back", list(mlp(normed).shape))
-for name, width in (("miniature", mini.text_encoder_2.d_ff), ("FLUX.1-dev", FLUX_1_DEV.text_encoder_2.d_ff)):
-    print(f"{name:10} width inside the MLP: {width}")
+steps = {"ids": t5_ids, "vectors": x, "gate and value": gate, "back": mlp(normed)}
+print(" -> ".join(f"{name} {list(tensor.shape)}" for name, tensor in steps.items()))
+for anatomy in (mini, FLUX_1_DEV):
+    print(f"{anatomy.name:10} width inside the MLP: {anatomy.text_encoder_2.d_ff}")
 
 # %% [markdown]
 # ## Which words does each vector know?
@@ -359,7 +443,8 @@ moved = (clip_encoder(clip(changed)).pooler_output - vector).norm(dim=-1) / clip
 bars = {"CLIP's pooled vector": dict(zip(names, moved.tolist(), strict=True))}
 show(
     plots.grouped_bars(bars, xlabel="movement (1 = an unrelated prompt)", digits=2),
-    alt="How far CLIP's pooled vector moves for each of ten changed words: far for colours, hardly for left and right.",
+    alt="How far CLIP's pooled vector moves for each of ten changed words: far for colours, hardly"
+    " for left and right.",
 )
 print(f"most: {names[moved.argmax()]}; least: {names[moved.argmin()]}")
 
@@ -370,10 +455,15 @@ print(f"most: {names[moved.argmax()]}; least: {names[moved.argmin()]}")
 # %%
 t5_pieces = [piece.removeprefix("▁") for piece in t5.explain(PROMPT).pieces]
 moved = (t5_encoder(t5(changed)) - t5_encoder(t5_ids)).norm(dim=-1)[:, : len(t5_pieces)] / t5_unit
-labels = {"xlabel": "token", "ylabel": "change of one word", "label": "movement (1 = an unrelated token)"}
+labels = {
+    "xlabel": "token",
+    "ylabel": "change of one word",
+    "label": "movement (1 = an unrelated token)",
+}
 show(
     plots.labelled_map(moved, names, t5_pieces, **labels, digits=1),
-    alt="How far each of T5's vectors moves for each changed word: far at the word itself, a little at the others.",
+    alt="How far each of T5's vectors moves for each changed word: far at the word itself, a little"
+    " at the others.",
 )
 
 # %% [markdown]
@@ -396,10 +486,16 @@ variants = {
     "green for red": "a green sphere to the left of a blue cube",
 }
 start = clip_encoder(clip(base)).pooler_output
-distance = {name: ((clip_encoder(clip(text)).pooler_output - start).norm() / clip_unit).item() for name, text in variants.items()}
+distance = {
+    name: ((clip_encoder(clip(text)).pooler_output - start).norm() / clip_unit).item()
+    for name, text in variants.items()
+}
 show(
-    plots.grouped_bars({"CLIP's pooled vector": distance}, xlabel="movement (1 = an unrelated prompt)", digits=2),
-    alt="Movement of the pooled vector for six variants of one sentence, among them swapped colours and a synonym.",
+    plots.grouped_bars(
+        {"CLIP's pooled vector": distance}, xlabel="movement (1 = an unrelated prompt)", digits=2
+    ),
+    alt="Movement of the pooled vector for six variants of one sentence, among them swapped colours"
+    " and a synonym.",
 )
 
 # %% [markdown]
@@ -426,24 +522,44 @@ def readable(vectors, labels, train=600):
 
 
 shapes = {t5.vocab[f"▁{shape}"] for shape in ("sphere", "cube", "cylinder", "cone")}
-nouns = torch.tensor([[place for place, index in enumerate(t5.encode(text)) if index in shapes] for text in texts])
+nouns = torch.tensor(
+    [[place for place, index in enumerate(t5.encode(text)) if index in shapes] for text in texts]
+)
 rows = torch.arange(len(texts))
-vectors = {"CLIP, pooled": pooled, "T5, first noun": words[rows, nouns[:, 0]], "T5, second noun": words[rows, nouns[:, 1]]}
+vectors = {
+    "CLIP, pooled": pooled,
+    "T5, first noun": words[rows, nouns[:, 0]],
+    "T5, second noun": words[rows, nouns[:, 1]],
+}
 
 # %%
-labels = {"relation": [scene.relation for scene in scenes], "floor": [scene.floor for scene in scenes]}
+labels = {
+    "relation": [scene.relation for scene in scenes],
+    "floor": [scene.floor for scene in scenes],
+}
 for number, place in enumerate(("first", "second")):
     for attribute in ("color", "shape"):
-        labels[f"{place} object: {attribute}"] = [getattr(scene.objects[number], attribute) for scene in scenes]
-shares = {name: {label: readable(each, values) for label, values in labels.items()} for name, each in vectors.items()}
+        labels[f"{place} object: {attribute}"] = [
+            getattr(scene.objects[number], attribute) for scene in scenes
+        ]
+shares = {
+    name: {label: readable(each, values) for label, values in labels.items()}
+    for name, each in vectors.items()
+}
 shares["guessing"] = {label: 100 / len(set(values)) for label, values in labels.items()}
+
+# %%
 show(
     plots.grouped_bars(shares, xlabel="read correctly (% of 300 prompts)"),
-    alt="Share of six attributes that a linear map reads from CLIP's pooled vector and from T5's vectors at two nouns, beside guessing.",
+    alt="Share of six attributes that a linear map reads from CLIP's pooled vector and from T5's"
+    " vectors at two nouns, beside guessing.",
 )
 for name in vectors:
     best, worst = (max(labels, key=shares[name].get), min(labels, key=shares[name].get))
-    print(f"{name:15} best: {best} {shares[name][best]:.0f} %, worst: {worst} {shares[name][worst]:.0f} %")
+    print(
+        f"{name:15} best: {best} {shares[name][best]:.0f} %, worst: {worst}"
+        f" {shares[name][worst]:.0f} %"
+    )
 
 # %% [markdown]
 # *What to see*: CLIP's vector, in blue, is good at colours and the floor, weak at shapes and the relation. From T5's vector
@@ -475,10 +591,16 @@ mixed = pipe.encode_prompt(ONE, prompt_2=TWO)
 assert torch.equal(mixed.pooled_prompt_embeds, pipe.encode_prompt(ONE).pooled_prompt_embeds)
 assert torch.equal(mixed.prompt_embeds, pipe.encode_prompt(TWO).prompt_embeds)
 noise = [torch.Generator().manual_seed(1) for _ in range(4)]
-images = pipe([ONE, ONE, TWO, TWO], prompt_2=[ONE, TWO, ONE, TWO], num_inference_steps=14, generator=noise).images
+images = pipe(
+    [ONE, ONE, TWO, TWO], prompt_2=[ONE, TWO, ONE, TWO], num_inference_steps=14, generator=noise
+).images
 titles = ["CLIP: red sphere, grass\nT5: the same", "CLIP: red sphere, grass\nT5: blue cube, sand"]
 titles += ["CLIP: blue cube, sand\nT5: red sphere, grass", "CLIP: blue cube, sand\nT5: the same"]
-show(plots.gallery(images, titles), alt="Four images of one seed: both encoders read the same prompt, or two prompts that disagree.")
+show(
+    plots.gallery(images, titles),
+    alt="Four images of one seed: both encoders read the same prompt, or two prompts that"
+    " disagree.",
+)
 
 # %% [markdown]
 # *What to see*: in the outer two, both encoders read the same. Compare the inner two with them: does the picture follow
@@ -492,7 +614,10 @@ show(plots.gallery(images, titles), alt="Four images of one seed: both encoders 
 # %% tags=["nbval-check-output"]
 several = pipe.encode_prompt([ONE, TWO], num_images_per_prompt=3)
 print(list(several.prompt_embeds.shape), list(several.pooled_prompt_embeds.shape))
-same = [[int(torch.equal(first, second)) for second in several.pooled_prompt_embeds] for first in several.pooled_prompt_embeds]
+same = [
+    [int(torch.equal(first, second)) for second in several.pooled_prompt_embeds]
+    for first in several.pooled_prompt_embeds
+]
 print(*same, sep="\n")
 assert several.prompt_embeds.shape == (6, 32, 128)
 
@@ -527,12 +652,16 @@ source(encode_prompt, docstring=False)
 
 # %% tags=["nbval-check-output"]
 shapes_dev = FLUX_1_DEV.shapes()
-big_clip, big_t5 = (instruments.on_meta(part, FLUX_1_DEV) for part in ("text_encoder", "text_encoder_2"))
+big_clip, big_t5 = (
+    instruments.on_meta(part, FLUX_1_DEV) for part in ("text_encoder", "text_encoder_2")
+)
 one = big_clip(torch.zeros(shapes_dev["clip_ids"], dtype=torch.int64, device="meta"))
 many = big_t5(torch.zeros(shapes_dev["t5_ids"], dtype=torch.int64, device="meta"))
 assert (output.pooler_output.shape, one.pooler_output.shape) == ((1, 64), (1, 768))
 assert (t5_encoder(t5_ids).shape, many.shape) == ((1, 32, 128), (1, 512, 4096))
-print("CLIP: miniature", list(output.pooler_output.shape), "FLUX.1-dev", list(one.pooler_output.shape))
+print(
+    "CLIP: miniature", list(output.pooler_output.shape), "FLUX.1-dev", list(one.pooler_output.shape)
+)
 print("T5:   miniature", list(t5_encoder(t5_ids).shape), "FLUX.1-dev", list(many.shape))
 
 # %% [markdown]
@@ -542,7 +671,9 @@ print("T5:   miniature", list(t5_encoder(t5_ids).shape), "FLUX.1-dev", list(many
 from flux_lab.shapes import ShapeError
 
 try:
-    pipe.encode_prompt(prompt_embeds=text.prompt_embeds, pooled_prompt_embeds=text.pooled_prompt_embeds[0])
+    pipe.encode_prompt(
+        prompt_embeds=text.prompt_embeds, pooled_prompt_embeds=text.pooled_prompt_embeds[0]
+    )
 except ShapeError as error:
     print(error)
 
@@ -556,11 +687,16 @@ import transformers
 
 transformers.utils.logging.disable_progress_bar()
 folder = flux_lab.data_dir() / "flux-mini"
-their_clip = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-their_t5 = transformers.T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
+their_clip = transformers.CLIPTextModel.from_pretrained(
+    folder / "text_encoder", dtype=torch.float32
+)
+their_t5 = transformers.T5EncoderModel.from_pretrained(
+    folder / "text_encoder_2", dtype=torch.float32
+)
 batch = [PROMPT, short, "", "une sphère rouge", *texts[:60]]
 differences = {
-    "CLIP, all vectors": clip_encoder(clip(batch)).last_hidden_state - their_clip(clip(batch)).last_hidden_state,
+    "CLIP, all vectors": clip_encoder(clip(batch)).last_hidden_state
+    - their_clip(clip(batch)).last_hidden_state,
     "CLIP, pooled": clip_encoder(clip(batch)).pooler_output - their_clip(clip(batch)).pooler_output,
     "T5": t5_encoder(t5(batch)) - their_t5(t5(batch)).last_hidden_state,
 }
@@ -568,7 +704,10 @@ differences = {
 # %% tags=["nbval-check-output"]
 for name, difference in differences.items():
     assert difference.abs().max() < 2e-5
-    print(f"{name:18} {list(difference.shape)!s:14} largest difference below 0.00002: {bool(difference.abs().max() < 2e-5)}")
+    print(
+        f"{name:18} {list(difference.shape)!s:14} largest difference below 0.00002:"
+        f" {bool(difference.abs().max() < 2e-5)}"
+    )
 
 # %%
 print({name: f"{difference.abs().max():.1e}" for name, difference in differences.items()})
@@ -583,9 +722,12 @@ print({name: f"{difference.abs().max():.1e}" for name, difference in differences
 # %%
 def look_around(prompt=short, encoder="T5", layer=1, head=0):
     tokenizer, model = (t5, t5_encoder) if encoder == "T5" else (clip, clip_encoder)
-    pieces = [piece.strip("▁").removesuffix("</w>") or "▁" for piece in tokenizer.explain(prompt).pieces][:14]
+    cut = tokenizer.explain(prompt).pieces[:14]
+    pieces = [piece.strip("▁").removesuffix("</w>") or "▁" for piece in cut]
     weights = attention_weights(model, tokenizer(prompt))[layer, head, : len(pieces), : len(pieces)]
-    return plots.labelled_map(weights, pieces, pieces, **axes, label=f"weight, layer {layer}, head {head}", digits=2)
+    return plots.labelled_map(
+        weights, pieces, pieces, **axes, label=f"weight, layer {layer}, head {head}", digits=2
+    )
 
 
 explore(
@@ -594,7 +736,8 @@ explore(
     encoder=["T5", "CLIP"],
     layer=(0, 3),
     head=(0, 3),
-    alt="Attention weights of T5, layer 1, head 0: a row for every token that looks, a column for every token looked at.",
+    alt="Attention weights of T5, layer 1, head 0: a row for every token that looks, a column for"
+    " every token looked at.",
 )
 
 # %% [markdown]
@@ -606,13 +749,22 @@ def compare(prompt="a small red cone on a dark floor", other="a small teal cone 
     before, after = (t5_encoder(t5(text)) for text in (prompt, other))
     length = max(len(t5.encode(text)) for text in (prompt, other))
     pieces = t5.pieces_of(t5(other)[0, : min(length, 20)])
-    pooled = (clip_encoder(clip(prompt)).pooler_output - clip_encoder(clip(other)).pooler_output).norm() / clip_unit
+    pooled = (
+        clip_encoder(clip(prompt)).pooler_output - clip_encoder(clip(other)).pooler_output
+    ).norm() / clip_unit
     moved = (after - before).norm(dim=-1)[0] / t5_unit
-    bars = {"CLIP, pooled": pooled.item()} | {f"T5, {place}: {piece}": moved[place].item() for place, piece in enumerate(pieces)}
+    bars = {"CLIP, pooled": pooled.item()} | {
+        f"T5, {place}: {piece}": moved[place].item() for place, piece in enumerate(pieces)
+    }
     return plots.grouped_bars({"movement": bars}, "movement (1 = unrelated)", digits=2)
 
 
-explore(compare, prompt=str, other=str, alt="Movement of each T5 vector and of CLIP's vector when red becomes teal.")
+explore(
+    compare,
+    prompt=str,
+    other=str,
+    alt="Movement of each T5 vector and of CLIP's vector when red becomes teal.",
+)
 
 # %% [markdown]
 # ## Break it
@@ -624,7 +776,10 @@ explore(compare, prompt=str, other=str, alt="Movement of each T5 vector and of C
 
 # %%
 def sphere_moves():
-    one, two = (t5_encoder(t5(f"a {colors[0]} sphere left of a {colors[1]} cube")) for colors in (("red", "blue"), ("blue", "red")))
+    one, two = (
+        t5_encoder(t5(f"a {colors[0]} sphere left of a {colors[1]} cube"))
+        for colors in (("red", "blue"), ("blue", "red"))
+    )
     return (movement(one, two)[0, 2]).item()
 
 
@@ -645,9 +800,15 @@ assert broken["without"] < 1e-4 < broken["with the position bias"]
 
 # %%
 hidden = clip_encoder(clip(texts[:300])).last_hidden_state
-pooled_at = {"end token": pooled[:300], "first slot": hidden[:, 0], "last slot (padding)": hidden[:, -1]}
+pooled_at = {
+    "end token": pooled[:300],
+    "first slot": hidden[:, 0],
+    "last slot (padding)": hidden[:, -1],
+}
 for name, each in pooled_at.items():
-    print(f"{name:20} mean distance between two prompts: {torch.pdist(each).mean() / clip_unit:.2f}")
+    print(
+        f"{name:20} mean distance between two prompts: {torch.pdist(each).mean() / clip_unit:.2f}"
+    )
 assert torch.pdist(pooled_at["first slot"]).max() < 1e-4
 
 # %% [markdown]
@@ -665,9 +826,12 @@ count = len(t5.encode(PROMPT))
 share = 100 * weights[:, :, :count, count:].sum(-1).mean((1, 2))
 show(
     plots.grouped_bars(
-        {"to the padding": {f"layer {index}": value for index, value in enumerate(share.tolist())}}, "attention of the words (%)", digits=1
+        {"to the padding": {f"layer {index}": value for index, value in enumerate(share.tolist())}},
+        "attention of the words (%)",
+        digits=1,
     ),
-    alt="Share of the words' attention that goes to padding in each layer of T5: above zero in each.",
+    alt="Share of the words' attention that goes to padding in each layer of T5: above zero in"
+    " each.",
 )
 assert share.min() > 0
 
@@ -687,11 +851,18 @@ assert movement(padded, exact).min() > 0
 from flux_lab.latents import pack_latents, prepare_latent_image_ids, prepare_noise
 
 tokens = pack_latents(prepare_noise(mini.shapes()["latents"], torch.Generator().manual_seed(0)))
-fixed = {"timestep": torch.ones(1), "guidance": torch.tensor([3.5]), "img_ids": prepare_latent_image_ids(8, 8), "txt_ids": text.text_ids}
+fixed = {
+    "timestep": torch.ones(1),
+    "guidance": torch.tensor([3.5]),
+    "img_ids": prepare_latent_image_ids(8, 8),
+    "txt_ids": text.text_ids,
+}
 
 
 def velocity(words=text.prompt_embeds, pooled=text.pooled_prompt_embeds):
-    return pipe.transformer(hidden_states=tokens, encoder_hidden_states=words, pooled_projections=pooled, **fixed)
+    return pipe.transformer(
+        hidden_states=tokens, encoder_hidden_states=words, pooled_projections=pooled, **fixed
+    )
 
 
 # %%
@@ -701,10 +872,16 @@ without = {
     "words": velocity(words=text.prompt_embeds.masked_fill(~is_padding, 0)),
     "CLIP's vector": velocity(pooled=torch.zeros_like(text.pooled_prompt_embeds)),
 }
-effect = {name: (100 * (each - velocity()).norm() / velocity().norm()).item() for name, each in without.items()}
+effect = {
+    name: (100 * (each - velocity()).norm() / velocity().norm()).item()
+    for name, each in without.items()
+}
 show(
-    plots.grouped_bars({"set to zero": effect}, xlabel="change of the velocity (% of its length)", digits=1),
-    alt="Change of the velocity when the padding's vectors, the words' vectors or CLIP's vector are set to zero. None is zero.",
+    plots.grouped_bars(
+        {"set to zero": effect}, xlabel="change of the velocity (% of its length)", digits=1
+    ),
+    alt="Change of the velocity when the padding's vectors, the words' vectors or CLIP's vector are"
+    " set to zero. None is zero.",
 )
 assert min(effect.values()) > 0
 
@@ -718,7 +895,10 @@ assert min(effect.values()) > 0
 for anatomy in (mini, FLUX_1_DEV):
     sizes = anatomy.shapes()
     one, many = sizes["pooled_prompt_embeds"], sizes["prompt_embeds"]
-    print(f"{anatomy.name:10} CLIP {one[1]:5,} numbers, T5 {many[1]:3} x {many[2]:5,} = {many[1] * many[2]:9,} numbers")
+    print(
+        f"{anatomy.name:10} CLIP {one[1]:5,} numbers, T5 {many[1]:3} x {many[2]:5,} ="
+        f" {many[1] * many[2]:9,} numbers"
+    )
 
 # %% [markdown]
 # Only T5 hands over a vector for each word, which the image tokens can look at one by one (lesson 06). CLIP's vector is a

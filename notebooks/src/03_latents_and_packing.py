@@ -7,7 +7,7 @@
 # - pack latents into tokens and unpack them, and say which number of which token is which latent;
 # - number the tokens by row and column, and recognise a wrong order by the picture that it gives.
 #
-# **Time**: less than a minute to run, 50 minutes to study. **You need**: lesson 00.
+# **Time**: half a minute to run, 50 minutes to study. **You need**: lesson 00.
 
 # %%
 import numpy as np
@@ -18,7 +18,16 @@ from PIL import Image
 
 import flux_lab
 from flux_lab import instruments
-from flux_lab.instruments import FLUX_1_DEV, Table, explore, latent_rgb_factors, latents_as_rgb, plots, show, source
+from flux_lab.instruments import (
+    FLUX_1_DEV,
+    Table,
+    explore,
+    latent_rgb_factors,
+    latents_as_rgb,
+    plots,
+    show,
+    source,
+)
 from flux_lab.latents import pack_latents, prepare_latent_image_ids, prepare_noise, unpack_latents
 
 torch.set_grad_enabled(False)  # nothing is trained here
@@ -36,7 +45,8 @@ mini = instruments.anatomy_of(pipe)  # its sizes
 # %%
 show(
     plots.pipeline_map("latents_and_packing", shapes=(mini, FLUX_1_DEV)),
-    alt="Map of the pipeline. Lit: the box where noise is packed into tokens, and the box where tokens are unpacked.",
+    alt="Map of the pipeline. Lit: the box where noise is packed into tokens, and the box where"
+    " tokens are unpacked.",
 )
 
 # %% [markdown]
@@ -73,7 +83,8 @@ objects = (
 picture = Image.fromarray(render([Scene(objects, floor="wooden", relation="left of")])[0])
 show(
     plots.gallery([picture], [f"{picture.width} × {picture.height} pixels"]),
-    alt="The rendered scene: a large shiny red sphere to the left of a small blue cube on a wooden floor.",
+    alt="The rendered scene: a large shiny red sphere to the left of a small blue cube on a wooden"
+    " floor.",
 )
 
 # %% [markdown]
@@ -93,7 +104,9 @@ def encoded(images):
 
 def beside(name, tensor):
     assert tuple(tensor.shape) == mini.shapes()[name]
-    print(f"{name:8} miniature {list(tensor.shape)!s:18} FLUX.1-dev {list(FLUX_1_DEV.shapes()[name])}")
+    print(
+        f"{name:8} miniature {list(tensor.shape)!s:18} FLUX.1-dev {list(FLUX_1_DEV.shapes()[name])}"
+    )
 
 
 latents = encoded(picture)
@@ -103,7 +116,8 @@ beside("latents", latents)
 # %%
 show(
     plots.latent_channels(latents),
-    alt="The 16 channels of the scene's latents, each a map of 16 by 16 numbers, on one scale of colours.",
+    alt="The 16 channels of the scene's latents, each a map of 16 by 16 numbers, on one scale of"
+    " colours.",
 )
 
 # %% [markdown]
@@ -118,7 +132,10 @@ rng = np.random.default_rng(0)
 pictures = [Image.fromarray(each) for each in render([sample_scene(rng) for _ in range(16)])]
 many = encoded(pictures)
 for anatomy in (mini, FLUX_1_DEV):
-    print(f"{anatomy.name:10} shift {anatomy.vae.shift_factor:7.4f}, scale {anatomy.vae.scaling_factor:.4f}")
+    print(
+        f"{anatomy.name:10} shift {anatomy.vae.shift_factor:7.4f}, scale"
+        f" {anatomy.vae.scaling_factor:.4f}"
+    )
 print(f"latents of 16 scenes: mean {many.mean():.2f}, standard deviation {many.std():.2f}")
 
 # %% [markdown]
@@ -130,7 +147,11 @@ print(f"latents of 16 scenes: mean {many.mean():.2f}, standard deviation {many.s
 # %%
 colours = pipe.image_processor.preprocess(pictures) / 2 + 0.5  # from -1 ... 1 to 0 ... 1
 fitted = latent_rgb_factors(many, colours)
-print("factors", list(fitted.factors.shape), f"- the map misses {fitted.unexplained:.1%} of the colours' variance")
+print(
+    "factors",
+    list(fitted.factors.shape),
+    f"- the map misses {fitted.unexplained:.1%} of the colours' variance",
+)
 
 
 def as_image(tensor):
@@ -143,14 +164,17 @@ def decoded(latents):
 
 
 # %%
-small = F.interpolate(pipe.image_processor.preprocess(picture) / 2 + 0.5, scale_factor=1 / 8, mode="area")
+small = F.interpolate(
+    pipe.image_processor.preprocess(picture) / 2 + 0.5, scale_factor=1 / 8, mode="area"
+)
 quick = latents_as_rgb(latents, fitted)
 show(
     plots.gallery(
         [picture, as_image(small), as_image(quick), decoded(latents)],
         ["the picture", "averaged over 8 × 8 pixels", "latents as colours", "latents, decoded"],
     ),
-    alt="The scene four times: the picture, its averages over 8 by 8 pixels, the latents as colours, the decoded latents.",
+    alt="The scene four times: the picture, its averages over 8 by 8 pixels, the latents as"
+    " colours, the decoded latents.",
 )
 
 # %% [markdown]
@@ -177,7 +201,8 @@ explore(
     walk,
     token=(0, 63),
     channel=(0, 15),
-    alt="Token 27: its patch in a channel, the patch in all 16 channels, the channel rebuilt from tokens 0 to 27,"
+    alt="Token 27: its patch in a channel, the patch in all 16 channels, the channel rebuilt from"
+    " tokens 0 to 27,"
     " and the token's 64 numbers in a line.",
 )
 
@@ -224,7 +249,8 @@ print(list(ids.shape), "- tokens 0, 1, 2:", ids[:3].tolist(), "- tokens 8, 9:", 
 # %%
 show(
     plots.id_maps(ids, rows=6, columns=8),
-    alt="Four maps of 6 by 8 patches: the token's number, growing row by row; ids column 0, all zero;"
+    alt="Four maps of 6 by 8 patches: the token's number, growing row by row; ids column 0, all"
+    " zero;"
     " ids column 1, the row; ids column 2, the column.",
 )
 
@@ -298,7 +324,9 @@ for height, width in ((128, 128), (96, 128), (1024, 1024), (768, 1360), (2048, 2
     number = prepare_latent_image_ids(height // 16, width // 16)
     assert packed.shape == (1, height * width // 256, 64)
     assert len(number) == packed.shape[1]
-    rows.append([f"{height} × {width}", *(str(list(each.shape)) for each in (empty, packed, number))])
+    rows.append(
+        [f"{height} × {width}", *(str(list(each.shape)) for each in (empty, packed, number))]
+    )
 print(Table(["pixels", "latents", "tokens", "ids"], rows))
 
 # %% [markdown]
@@ -325,12 +353,16 @@ for wrong in (
 import diffusers
 
 upstream = diffusers.FluxPipeline
-reference = diffusers.AutoencoderKL.from_pretrained(flux_lab.data_dir() / "flux-mini" / "vae", dtype=torch.float32)
+reference = diffusers.AutoencoderKL.from_pretrained(
+    flux_lab.data_dir() / "flux-mini" / "vae", dtype=torch.float32
+)
 pixels = pipe.image_processor.preprocess(picture)
 theirs = reference.encode(pixels).latent_dist
 ours = pipe.vae.encode(pixels)
 difference = max((ours.mean - theirs.mean).abs().max(), (ours.std - theirs.std).abs().max())
-print(f"encoder: largest difference {difference:.1e}, of latents up to {theirs.mean.abs().max():.1f}")
+print(
+    f"encoder: largest difference {difference:.1e}, of latents up to {theirs.mean.abs().max():.1f}"
+)
 assert difference < 1e-4
 
 # %% tags=["nbval-check-output"]
@@ -338,7 +370,10 @@ wide = torch.randn(2, 16, 12, 16, generator=seeded(0))
 packed = upstream._pack_latents(wide, 2, 16, 12, 16)
 pairs = {
     "pack": (pack_latents(wide), packed),
-    "unpack": (unpack_latents(packed, 96, 128), upstream._unpack_latents(packed, 96, 128, vae_scale_factor=8)),
+    "unpack": (
+        unpack_latents(packed, 96, 128),
+        upstream._unpack_latents(packed, 96, 128, vae_scale_factor=8),
+    ),
     "ids": (ids, upstream._prepare_latent_image_ids(1, 6, 8, "cpu", torch.float32)),
 }
 for name, (ours, theirs) in pairs.items():
@@ -358,7 +393,9 @@ for name, (ours, theirs) in pairs.items():
 def push(channel=0, strength=3.0):
     pushed = latents.clone()
     pushed[:, channel] += strength
-    return plots.gallery([decoded(latents), decoded(pushed)], ["as it was", f"channel {channel} {strength:+.1f}"])
+    return plots.gallery(
+        [decoded(latents), decoded(pushed)], ["as it was", f"channel {channel} {strength:+.1f}"]
+    )
 
 
 explore(
@@ -392,8 +429,12 @@ explore(
 RIGHT = "batch channels (rows p_row) (columns p_column) -> batch (rows columns) (channels p_row p_column)"
 PATTERNS = {
     "right": RIGHT,
-    "(row, column, channel)": RIGHT.replace("(channels p_row p_column)", "(p_row p_column channels)"),
-    "(channel, column, row)": RIGHT.replace("(channels p_row p_column)", "(channels p_column p_row)"),
+    "(row, column, channel)": RIGHT.replace(
+        "(channels p_row p_column)", "(p_row p_column channels)"
+    ),
+    "(channel, column, row)": RIGHT.replace(
+        "(channels p_row p_column)", "(channels p_column p_row)"
+    ),
     "tokens by columns": RIGHT.replace("(rows columns)", "(columns rows)"),
     "quarters": RIGHT.replace("(rows p_row) (columns p_column)", "(p_row rows) (p_column columns)"),
 }
@@ -420,7 +461,8 @@ inside = {
 }
 show(
     plots.token_orders(inside),
-    alt="The first 32 numbers of a token in three orders. Right: four of channel 0, four of channel 1 and so on."
+    alt="The first 32 numbers of a token in three orders. Right: four of channel 0, four of channel"
+    " 1 and so on."
     " (row, column, channel): the upper left of channels 0 to 15, then the upper right."
     " (channel, column, row): like the right one with two colours exchanged.",
 )
@@ -481,8 +523,11 @@ images = [
     decoded(unpack_latents(drawn, height=128, width=96)),
 ]
 show(
-    plots.gallery(images, ["as trained", "unpacked (row, column, channel)", "height and width swapped"]),
-    alt="One drawing of the miniature, unpacked in three ways: right, in a wrong order, with height and width swapped.",
+    plots.gallery(
+        images, ["as trained", "unpacked (row, column, channel)", "height and width swapped"]
+    ),
+    alt="One drawing of the miniature, unpacked in three ways: right, in a wrong order, with height"
+    " and width swapped.",
 )
 
 # %% [markdown]
@@ -500,10 +545,15 @@ for anatomy in (mini, FLUX_1_DEV):
     side = int(anatomy.tokens**0.5)
     ids = prepare_latent_image_ids(rows=side, columns=side)
     axes = anatomy.transformer.axes_dims_rope
-    print(f"{anatomy.name}: an image of {anatomy.vae.sample_size} × {anatomy.vae.sample_size} pixels")
+    print(
+        f"{anatomy.name}: an image of {anatomy.vae.sample_size} × {anatomy.vae.sample_size} pixels"
+    )
     for axis, (name, dim) in enumerate(zip(("unused", "row", "column"), axes, strict=True)):
         lowest, highest = ids[:, axis].aminmax()
-        print(f"    ids[:, {axis}] {name:7} {lowest:.0f} to {highest:2.0f}, for {dim} channels of each attention head")
+        print(
+            f"    ids[:, {axis}] {name:7} {lowest:.0f} to {highest:2.0f}, for {dim} channels of"
+            " each attention head"
+        )
 
 # %% [markdown]
 # The function takes two numbers, rows and columns. Every picture of one size has the same ids. The first column is
@@ -515,7 +565,10 @@ for anatomy in (mini, FLUX_1_DEV):
 # %% tags=["nbval-check-output"]
 for anatomy in (mini, FLUX_1_DEV):
     sizes = [torch.Size(anatomy.shapes()[name]).numel() for name in ("image", "latents", "tokens")]
-    print(f"{anatomy.name:10} image {sizes[0]:9,}, latents {sizes[1]:7,}, tokens {sizes[2]:7,} numbers")
+    print(
+        f"{anatomy.name:10} image {sizes[0]:9,}, latents {sizes[1]:7,}, tokens {sizes[2]:7,}"
+        " numbers"
+    )
     assert sizes[0] == 12 * sizes[1]
     assert sizes[1] == sizes[2]
 
@@ -528,7 +581,10 @@ painted = picture.copy()
 painted.paste((0, 0, 0), (0, 0, 8, 8))
 change = (encoded(painted) - latents).abs().amax(dim=1)[0]
 print(f"{(change > 1e-4).sum()} of {change.numel()} places change by more than 0.0001")
-print(f"largest change: in the corner itself {change[0, 0]:.3f}, in the opposite corner {change[-1, -1]:.5f}")
+print(
+    f"largest change: in the corner itself {change[0, 0]:.3f}, in the opposite corner"
+    f" {change[-1, -1]:.5f}"
+)
 
 # %% [markdown]
 # Most of what a latent says is about its own pixels. But convolutions look at neighbours, and the norms and one
@@ -681,7 +737,8 @@ def my_unpack(tokens, height, width):
     """Tokens as latents of shape [batch, channels, height / 8, width / 8]."""
     return rearrange(
         tokens,
-        "batch (rows columns) (channels p_row p_column) -> batch channels (rows p_row) (columns p_column)",
+        "batch (rows columns) (channels p_row p_column) -> batch channels (rows p_row) (columns"
+        " p_column)",
         rows=height // 16,
         columns=width // 16,
         p_row=2,

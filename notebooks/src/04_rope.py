@@ -7,7 +7,7 @@
 # - read the table of rotations of a whole sequence: which channel follows which axis, and how fast;
 # - predict what happens to the picture when the position ids are zeroed, exchanged or shifted.
 #
-# **Time**: less than a minute to run, 60 minutes to study. **You need**: lesson 03, sine and cosine.
+# **Time**: half a minute to run, 60 minutes to study. **You need**: lesson 03, sine and cosine.
 
 # %%
 import contextlib
@@ -75,7 +75,8 @@ explore(
     one_pair,
     position=(0, 24),
     pair=(0, 6),
-    alt="Left: an arrow in a plane, turned step by step up to position 5. Right: its two numbers, two waves.",
+    alt="Left: an arrow in a plane, turned step by step up to position 5. Right: its two numbers,"
+    " two waves.",
 )
 
 # %% [markdown]
@@ -118,17 +119,25 @@ assert abs(scores[3, 10] - scores[3, 11]) > 1e-2
 # %% tags=["nbval-check-output"]
 rows = []
 for anatomy in (mini, FLUX_1_DEV):
-    for name, dim in zip(("unused", "row", "column"), anatomy.transformer.axes_dims_rope, strict=True):
+    for name, dim in zip(
+        ("unused", "row", "column"), anatomy.transformer.axes_dims_rope, strict=True
+    ):
         turns = [2 * math.pi * ROPE_THETA ** (2 * pair / dim) for pair in (0, dim // 2 - 1)]
         rows.append([anatomy.name, name, dim, dim // 2, f"{turns[0]:.2f}", f"{turns[1]:,.0f}"])
-print(Table(["", "axis", "channels", "pairs", "fastest: full turn after", "slowest: full turn after"], rows))
+print(
+    Table(
+        ["", "axis", "channels", "pairs", "fastest: full turn after", "slowest: full turn after"],
+        rows,
+    )
+)
 
 # %%
 sides = {"miniature": 8, "FLUX.1-dev": 64}
 ladders = {anatomy.name: anatomy.transformer.axes_dims_rope for anatomy in (mini, FLUX_1_DEV)}
 show(
     plots.frequency_ladders(ladders, sides, ROPE_THETA),
-    alt="Positions for a full turn against the pair of the head, on a logarithmic scale, for both models:"
+    alt="Positions for a full turn against the pair of the head, on a logarithmic scale, for both"
+    " models:"
     " three ladders that each begin at 6.28 and rise to thousands.",
 )
 
@@ -153,7 +162,8 @@ assert (cos[:, 0::2] == cos[:, 1::2]).all()
 # %%
 show(
     plots.rotation_table(cos, sin, mini.transformer.axes_dims_rope, LENGTH),
-    alt="Cosine and sine of 96 tokens and 32 channels. Text rows and the first four channels: cosine 1, sine 0."
+    alt="Cosine and sine of 96 tokens and 32 channels. Text rows and the first four channels:"
+    " cosine 1, sine 0."
     " Row channels change every eight tokens, column channels at every token.",
 )
 
@@ -178,7 +188,11 @@ def turned(x, ids, axes_dim=mini.transformer.axes_dims_rope):
 def along(axis, anatomy, count):
     ids = torch.zeros(count, 3)
     ids[:, axis] = torch.arange(float(count))
-    keys = turned(torch.ones(count, anatomy.transformer.attention_head_dim), ids, anatomy.transformer.axes_dims_rope)
+    keys = turned(
+        torch.ones(count, anatomy.transformer.attention_head_dim),
+        ids,
+        anatomy.transformer.axes_dims_rope,
+    )
     return keys.mean(dim=1)
 
 
@@ -190,7 +204,8 @@ for anatomy in (mini, FLUX_1_DEV):
     curves[anatomy.name] = {name: along(axis, anatomy, count) for axis, name in enumerate(names)}
 show(
     plots.score_curves(curves, sides),
-    alt="Score against distance for three axes, two models: all fall from 1 and then wave; rows and columns agree.",
+    alt="Score against distance for three axes, two models: all fall from 1 and then wave; rows and"
+    " columns agree.",
 )
 
 # %% [markdown]
@@ -219,7 +234,8 @@ maps = {
 marks = dict(zip(maps, ((3, 4), (24, 40), (0, 0)), strict=True))
 show(
     plots.place_maps(maps, "score, as a share of the highest", marks),
-    alt="Three maps of scores: a bright cross around the place of the query in the miniature and in FLUX.1-dev;"
+    alt="Three maps of scores: a bright cross around the place of the query in the miniature and in"
+    " FLUX.1-dev;"
     " for a text token the bright place is the upper left corner.",
 )
 
@@ -260,8 +276,13 @@ def apart(first, second):
 
 plain = velocity()
 order = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(2))
-swapped = pipe.encode_prompt("a large shiny blue sphere to the left of a small red cube on a wooden floor")
-shuffled, other = velocity(words=text.prompt_embeds[:, order]), velocity(words=swapped.prompt_embeds)
+swapped = pipe.encode_prompt(
+    "a large shiny blue sphere to the left of a small red cube on a wooden floor"
+)
+shuffled, other = (
+    velocity(words=text.prompt_embeds[:, order]),
+    velocity(words=swapped.prompt_embeds),
+)
 print(f"text tokens shuffled:            velocity differs by {apart(shuffled, plain):.1e}")
 print(f"two words of the prompt swapped: velocity differs by {apart(other, plain):.1e}")
 assert apart(shuffled, plain) < 1e-3
@@ -297,15 +318,22 @@ source(apply_rotary_emb, docstring=False)
 
 # %%
 positions = torch.arange(8.0)
-some = torch.randn(2, 8, 3, 14, generator=torch.Generator().manual_seed(3))  # batch, sequence, heads, head_dim
+some = torch.randn(
+    2, 8, 3, 14, generator=torch.Generator().manual_seed(3)
+)  # batch, sequence, heads, head_dim
 real = apply_rotary_emb(some, get_1d_rotary_pos_embed(14, positions))
 complex_ = apply_rotary_emb(some, get_1d_rotary_pos_embed(14, positions, use_real=False))
 p, i = 5, 2  # a position and a pair
 angle = p * ROPE_THETA ** (-2 * i / 14)
 x0, x1 = some[0, p, 0, 2 * i : 2 * i + 2]
-by_hand = torch.stack([x0 * math.cos(angle) - x1 * math.sin(angle), x0 * math.sin(angle) + x1 * math.cos(angle)])
+by_hand = torch.stack(
+    [x0 * math.cos(angle) - x1 * math.sin(angle), x0 * math.sin(angle) + x1 * math.cos(angle)]
+)
 print(f"largest difference: real and complex {(real - complex_).abs().max():.1e}")
-print(f"                    real and by hand {(real[0, p, 0, 2 * i : 2 * i + 2] - by_hand).abs().max():.1e}")
+print(
+    "                    real and by hand"
+    f" {(real[0, p, 0, 2 * i : 2 * i + 2] - by_hand).abs().max():.1e}"
+)
 assert torch.allclose(real, complex_, atol=1e-5)
 assert torch.allclose(real[0, p, 0, 2 * i : 2 * i + 2], by_hand, atol=1e-5)
 
@@ -321,12 +349,17 @@ positions = 2.0 ** torch.arange(13)  # 1, 2, 4, ... 4096
 frequencies = ROPE_THETA ** (-torch.arange(0, 56, 2, dtype=torch.float64) / 56)
 exact = torch.outer(positions.double(), frequencies).cos()
 errors = {}
-for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+for name, dtype in (
+    ("float64", torch.float64),
+    ("float32", torch.float32),
+    ("bfloat16", torch.bfloat16),
+):
     cosines, _ = get_1d_rotary_pos_embed(56, positions, freqs_dtype=dtype)
     errors[f"angles in {name}"] = (cosines[:, ::2].double() - exact).abs().amax(dim=1)
 show(
     plots.rounding(positions, errors, marks={"1024 pixels": 64, "4096 pixels": 256}),
-    alt="Largest error of a cosine against the position, both logarithmic: flat and tiny for float64,"
+    alt="Largest error of a cosine against the position, both logarithmic: flat and tiny for"
+    " float64,"
     " rising for float32, and near 1 for bfloat16.",
 )
 
@@ -354,11 +387,15 @@ for anatomy in (mini, FLUX_1_DEV):
     network, sequence = anatomy.transformer, anatomy.length + anatomy.tokens
     empty = torch.empty(sequence, 3, device="meta")
     table = FluxPosEmbed(ROPE_THETA, network.axes_dims_rope)(empty)
-    queries = torch.empty(1, sequence, network.num_attention_heads, network.attention_head_dim, device="meta")
+    queries = torch.empty(
+        1, sequence, network.num_attention_heads, network.attention_head_dim, device="meta"
+    )
     result = apply_rotary_emb(queries, table)
     assert result.shape == queries.shape
     assert table[0].shape == (sequence, sum(network.axes_dims_rope))
-    rows.append([anatomy.name, *(str(list(each.shape)) for each in (empty, table[0], queries, result))])
+    rows.append(
+        [anatomy.name, *(str(list(each.shape)) for each in (empty, table[0], queries, result))]
+    )
 print(Table(["", "ids", "cos, sin", "queries", "turned"], rows))
 
 # %% [markdown]
@@ -387,13 +424,14 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed as Refer
 for anatomy in (mini, FLUX_1_DEV):
     side, dims = sides[anatomy.name], anatomy.transformer.axes_dims_rope
     all_ids = torch.cat([torch.zeros(anatomy.length, 3), prepare_latent_image_ids(side, side)])
-    ours, theirs = FluxPosEmbed(ROPE_THETA, dims)(all_ids), ReferencePosEmbed(ROPE_THETA, dims)(all_ids)
+    ours, theirs = (kind(ROPE_THETA, dims)(all_ids) for kind in (FluxPosEmbed, ReferencePosEmbed))
     difference = max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
     print(f"{anatomy.name:10} table {list(ours[0].shape)}: largest difference {difference}")
     assert difference == 0
 
 queries = torch.randn(1, 96, 3, 32, generator=torch.Generator().manual_seed(4))
-ours, theirs = apply_rotary_emb(queries, (cos, sin)), reference_apply(queries, (cos, sin), sequence_dim=1)
+ours = apply_rotary_emb(queries, (cos, sin))
+theirs = reference_apply(queries, (cos, sin), sequence_dim=1)
 difference = (ours - theirs).abs().max().item()
 print(f"turned queries: largest difference {difference}")
 assert difference < 1e-6
@@ -409,20 +447,27 @@ assert difference < 1e-6
 with trace(pipe, only=["step 04/*/attn/q", "step 04/*/attn/k"]) as run:
     pipe(PROMPT, num_inference_steps=8, generator=torch.Generator().manual_seed(0))
 blocks = [name.split("/")[1] for name in run.names("*/attn/q")]
-distances = prepare_latent_image_ids(15, 15) - torch.tensor([0.0, 7.0, 7.0])  # -7 ... 7 on both axes
+distances = prepare_latent_image_ids(15, 15) - torch.tensor(
+    [0.0, 7.0, 7.0]
+)  # -7 ... 7 on both axes
 
 
 def by_distance(block, head):
-    """Score of the mean image query with the mean image key, for each distance of the key from the query."""
+    """Score of the mean image query with the mean image key, for each distance."""
     q, k = (run[f"step 04/{block}/attn/{name}"][0, LENGTH:, head].mean(dim=0) for name in "qk")
     scores = turned(k.expand(len(distances), -1), distances) @ q / math.sqrt(len(q))
     return rearrange(scores, "(rows columns) -> rows columns", rows=15)
 
 
 # %%
-spread = {block: max(by_distance(block, head).std().item() for head in range(3)) for block in blocks}
+spread = {
+    block: max(by_distance(block, head).std().item() for head in range(3)) for block in blocks
+}
 strongest = max(spread, key=spread.get)
-print(f"of {len(blocks)} blocks, distance counts most in {strongest}, least in {min(spread, key=spread.get)}")
+print(
+    f"of {len(blocks)} blocks, distance counts most in {strongest}, least in"
+    f" {min(spread, key=spread.get)}"
+)
 
 
 def heads_of(block=strongest):
@@ -433,7 +478,8 @@ def heads_of(block=strongest):
 explore(
     heads_of,
     block=blocks,
-    alt="Three maps, one for each head of a block: the score against the distance of key and query.",
+    alt="Three maps, one for each head of a block: the score against the distance of key and"
+    " query.",
 )
 
 # %% [markdown]
@@ -455,7 +501,9 @@ explore(
 @contextlib.contextmanager
 def changed_ids(change):
     """Inside the `with` block the network gets other ids. A hook changes them on their way in."""
-    hook = pipe.transformer.pos_embed.register_forward_pre_hook(lambda module, args: (change(args[0]),))
+    hook = pipe.transformer.pos_embed.register_forward_pre_hook(
+        lambda module, args: (change(args[0]),)
+    )
     try:
         yield
     finally:
@@ -477,7 +525,9 @@ drawn, velocities = {}, {}
 for name, change in CHANGES.items():
     with changed_ids(change):
         generator = torch.Generator().manual_seed(0)
-        drawn[name] = pipe(PROMPT, num_inference_steps=16, generator=generator, output_type="latent").images
+        drawn[name] = pipe(
+            PROMPT, num_inference_steps=16, generator=generator, output_type="latent"
+        ).images
         velocities[name] = velocity()
     print(f"{name:14} one velocity differs by {apart(velocities[name], plain):.1e}")
 images = pipe.decode(torch.cat(list(drawn.values())), height=128, width=128)
@@ -533,15 +583,21 @@ for name in ("zeros", "as trained"):
 # %%
 def mirrored(tokens):
     """Tokens with rows and columns exchanged; the numbers inside each stay."""
-    return rearrange(tokens, "batch (rows columns) channels -> batch (columns rows) channels", rows=8)
+    return rearrange(
+        tokens, "batch (rows columns) channels -> batch (columns rows) channels", rows=8
+    )
 
 
 usual = mirrored(velocity(mirrored(x)))
 with changed_ids(CHANGES["exchanged"]):
     difference = apart(velocity(x), usual)
-print(f"exchanged ids, and mirrored tokens with the usual ids: velocities differ by {difference:.1e}")
+print(
+    f"exchanged ids, and mirrored tokens with the usual ids: velocities differ by {difference:.1e}"
+)
 assert difference < 1e-3
-pictures = pipe.decode(torch.cat([drawn["exchanged"], mirrored(drawn["exchanged"])]), height=128, width=128)
+pictures = pipe.decode(
+    torch.cat([drawn["exchanged"], mirrored(drawn["exchanged"])]), height=128, width=128
+)
 show(
     plots.gallery(pictures, ["drawn with exchanged ids", "the same tokens, mirrored back"]),
     alt="The picture drawn with exchanged ids, and its tokens mirrored back: an ordinary scene.",
@@ -560,7 +616,10 @@ show(
 keys = run["step 04/double 00/attn/k"]
 after = apply_rotary_emb(keys, (cos, sin))
 lengths, lengths_after = keys.norm(dim=-1), after.norm(dim=-1)
-print(f"keys change by up to {(after - keys).abs().max():.2f}, their lengths by {(lengths_after - lengths).abs().max():.1e}")
+print(
+    f"keys change by up to {(after - keys).abs().max():.2f}, their lengths by"
+    f" {(lengths_after - lengths).abs().max():.1e}"
+)
 assert torch.allclose(lengths_after, lengths, rtol=1e-4)
 source(pipe.transformer.transformer_blocks[0].attn.rope, docstring=False)
 
@@ -580,7 +639,8 @@ assert ahead.index(max(ahead)) == 5
 curves = {"equal query and key": equal, "key turned back by 5": ahead}
 show(
     plots.score_curves({"one axis of FLUX.1-dev, 56 channels": curves}),
-    alt="Two curves of score against distance: one has its peak at distance 0, the other at distance 5.",
+    alt="Two curves of score against distance: one has its peak at distance 0, the other at"
+    " distance 5.",
 )
 
 # %% [markdown]

@@ -7,7 +7,7 @@
 # - follow shift, scale and gate into all 57 blocks, and say which of them acts where;
 # - explain why a block whose gate is zero does nothing, and why training starts there.
 #
-# **Time**: less than a minute to run, 50 minutes to study. **You need**: lesson 00; what a layer norm and a residual
+# **Time**: half a minute to run, 50 minutes to study. **You need**: lesson 00; what a layer norm and a residual
 # connection are.
 
 # %%
@@ -36,7 +36,8 @@ PROMPT = "a large shiny red sphere to the left of a small blue cube on a wooden 
 # %%
 show(
     plots.pipeline_map("conditioning_and_adaln", shapes=(mini, FLUX_1_DEV)),
-    alt="Map of the pipeline with the conditioning lit: timestep, guidance and CLIP's pooled vector go in;"
+    alt="Map of the pipeline with the conditioning lit: timestep, guidance and CLIP's pooled vector"
+    " go in;"
     " one vector comes out and goes to the blocks.",
 )
 
@@ -75,7 +76,8 @@ angles = t[:, None] * frequencies[None, :]
 waves = torch.cat([angles.cos(), angles.sin()], dim=1)
 show(
     plots.sinusoids(t, waves),
-    alt="Sinusoids: each row is a time, each column a wave. Left: cosines, right: sines; in each half fast waves first, slow ones last.",
+    alt="Sinusoids: each row is a time, each column a wave. Left: cosines, right: sines; in each"
+    " half fast waves first, slow ones last.",
 )
 
 # %% [markdown]
@@ -87,19 +89,25 @@ show(
 
 # %%
 sigmas = torch.linspace(1, 0.02, 50)
-time_vectors = model.time_text_embed.timestep_embedder(flux_lab.embeddings.get_timestep_embedding(1000 * sigmas))
+time_vectors = model.time_text_embed.timestep_embedder(
+    flux_lab.embeddings.get_timestep_embedding(1000 * sigmas)
+)
 show(
     plots.likeness(
-        {"sinusoids [256]": flux_lab.embeddings.get_timestep_embedding(1000 * sigmas), "after the time MLP [96]": time_vectors},
+        {
+            "sinusoids [256]": flux_lab.embeddings.get_timestep_embedding(1000 * sigmas),
+            "after the time MLP [96]": time_vectors,
+        },
         1000 * sigmas,
     ),
-    alt="Two square maps of the likeness of any two times: of the sinusoids, and of the vectors after the trained MLP.",
+    alt="Two square maps of the likeness of any two times: of the sinusoids, and of the vectors"
+    " after the trained MLP.",
 )
 
 # %% [markdown]
-# *What to see*: the diagonal is each time with itself, always 1. On the left nothing is learned: neighbours are alike
-# and likeness falls with distance, in the same way everywhere. On the right the trained MLP has spread or merged times
-# as it needs them.
+# *What to see*: the diagonal is each time with itself, always 1. Each map has a scale of its own: read off how unlike two
+# times can be at most. On the left nothing is learned: neighbours are alike and likeness falls with distance, in the
+# same way everywhere. On the right the trained MLP has spread or merged times as it needs them.
 #
 # ### Guidance comes in through the same door
 #
@@ -121,7 +129,8 @@ print("guidance 3.5 arrives as", (torch.tensor(3.5).bfloat16() * 1000).item())
 # %%
 show(
     plots.rounding_errors(wanted, told.float()),
-    alt="Error of the time that the network is told in bfloat16, step by step: up to a few units of 1000.",
+    alt="Error of the time that the network is told in bfloat16, step by step: up to a few units of"
+    " 1000.",
 )
 
 # %% [markdown]
@@ -144,13 +153,17 @@ parts = {
     "pooled text": embed.text_embedder(text.pooled_prompt_embeds.expand(28, -1)),
 }
 temb = parts["time"] + parts["guidance"] + parts["pooled text"]
-assert torch.equal(temb, embed(1000 * schedule, torch.full((28,), 3500.0), text.pooled_prompt_embeds.expand(28, -1)))
+assert torch.equal(
+    temb,
+    embed(1000 * schedule, torch.full((28,), 3500.0), text.pooled_prompt_embeds.expand(28, -1)),
+)
 print("temb: miniature", list(temb[:1].shape), "FLUX.1-dev", list(FLUX_1_DEV.shapes()["temb"]))
 
 # %%
 show(
     plots.lengths(schedule, parts | {"sum": temb}),
-    alt="Length of the three vectors and of their sum against the noise level; only time and sum change.",
+    alt="Length of the three vectors and of their sum against the noise level; only time and sum"
+    " change.",
 )
 
 # %% [markdown]
@@ -169,7 +182,12 @@ signals = norm1.linear(F.silu(temb))
 shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = signals.chunk(6, dim=1)
 giant = on_meta("transformer", FLUX_1_DEV)
 giant_linear = giant.transformer_blocks[0].norm1.linear
-print("linear of a double block: miniature", list(norm1.linear.weight.shape), "FLUX.1-dev", list(giant_linear.weight.shape))
+print(
+    "linear of a double block: miniature",
+    list(norm1.linear.weight.shape),
+    "FLUX.1-dev",
+    list(giant_linear.weight.shape),
+)
 assert signals.shape == (28, 6 * 96)
 assert shift.shape == (28, 96)
 
@@ -178,19 +196,21 @@ assert shift.shape == (28, 96)
 # it through its norm:
 
 # %%
-step = 14
-with trace(pipe, only=[f"step {step:02d}/double 09/image", f"step {step:02d}/double 10/modulation/image/attn/*"]) as t_run:
+step, signals = 14, "step 14/double 10/modulation/image/attn"
+with trace(pipe, only=["step 14/double 09/image", f"{signals}/*"]) as t_run:
     for state in pipe.steps(PROMPT, generator=torch.Generator().manual_seed(0)):
         if state.index == step:
             break
-x = t_run[f"step {step:02d}/double 09/image"]
-names = [f"step {step:02d}/double 10/modulation/image/attn/{signal}" for signal in ("shift", "scale")]
-x_shift, x_scale = (t_run[name] for name in names)
+x = t_run["step 14/double 09/image"]
+x_shift, x_scale = (t_run[f"{signals}/{signal}"] for signal in ("shift", "scale"))
 x_normed = F.layer_norm(x, [96], eps=1e-6)
 x_modulated = x_normed * (1 + x_scale[:, None]) + x_shift[:, None]
 show(
-    plots.token_maps({"x, the stream": x[0], "LN(x)": x_normed[0], "(1 + scale) LN(x) + shift": x_modulated[0]}),
-    alt="64 tokens by 96 channels: as they come, normalised, and modulated. Vertical stripes are channels alike in all tokens.",
+    plots.token_maps(
+        {"x, the stream": x[0], "LN(x)": x_normed[0], "(1 + scale) LN(x) + shift": x_modulated[0]}
+    ),
+    alt="64 tokens by 96 channels: as they come, normalised, and modulated. Vertical stripes are"
+    " channels alike in all tokens.",
 )
 
 # %% [markdown]
@@ -225,30 +245,44 @@ def all_signals(sigmas, guidance=3.5, text=text, latents=0.0):
 
 # %%
 told_blocks = all_signals(schedule)
-print(len(told_blocks), "signals of shape", list(told_blocks["double 00/modulation/image/attn/gate"].shape))
+print(
+    len(told_blocks),
+    "signals of shape",
+    list(told_blocks["double 00/modulation/image/attn/gate"].shape),
+)
 
 # %%
 NONE = torch.full_like(schedule, torch.nan)
 
 
 def strength(layer, signal, stream, recorded=told_blocks):
-    """Root mean square over channels, [57 blocks, times]; the MLP of single blocks has no signals of its own."""
-    double = [recorded[f"double {k:02d}/modulation/{stream}/{layer}/{signal}"].square().mean(dim=1).sqrt() for k in range(19)]
-    single = [recorded[f"single {k:02d}/modulation/{signal}"].square().mean(dim=1).sqrt() for k in range(38)]
+    """Root mean square over channels, [57 blocks, times]; nothing for the MLP of single blocks."""
+    double = [
+        recorded[f"double {k:02d}/modulation/{stream}/{layer}/{signal}"].square().mean(dim=1).sqrt()
+        for k in range(19)
+    ]
+    single = [
+        recorded[f"single {k:02d}/modulation/{signal}"].square().mean(dim=1).sqrt()
+        for k in range(38)
+    ]
     return torch.stack([*double, *(single if layer == "attn" else [NONE] * 38)])
 
 
 def heat_map(stream="image"):
     kinds = [(layer, signal) for layer in ("attn", "mlp") for signal in ("shift", "scale", "gate")]
-    return plots.modulation_map({f"{layer} {signal}": strength(layer, signal, stream) for layer, signal in kinds}, schedule)
+    return plots.modulation_map(
+        {f"{layer} {signal}": strength(layer, signal, stream) for layer, signal in kinds}, schedule
+    )
 
 
 # %%
 explore(
     heat_map,
     stream=["image", "text"],
-    alt="Six heat maps: blocks from top to bottom, noise levels from left to right; shift, scale and gate of attention and of the"
-    " MLP. Above the line the 19 double blocks, below it the 38 single blocks, which have three signals only.",
+    alt="Six heat maps: blocks from top to bottom, noise levels from left to right; shift, scale"
+    " and gate of attention and of the"
+    " MLP. Above the line the 19 double blocks, below it the 38 single blocks, which have three"
+    " signals only.",
 )
 
 # %% [markdown]
@@ -303,7 +337,14 @@ grown = copy.deepcopy(model)
 grown.transformer_blocks.insert(10, newcomer)
 noise = torch.randn(1, 64, 64)
 difference = (velocity(grown, noise) - velocity(model, noise)).abs().max().item()
-print("blocks:", len(model.transformer_blocks), "→", len(grown.transformer_blocks), "  largest difference:", difference)
+print(
+    "blocks:",
+    len(model.transformer_blocks),
+    "→",
+    len(grown.transformer_blocks),
+    "  largest difference:",
+    difference,
+)
 assert difference == 0
 
 # %% [markdown]
@@ -361,12 +402,19 @@ source(flux_lab.normalization.modulate)
 
 # %% tags=["nbval-check-output"]
 def modulation_parameters(network):
-    return sum(each.numel() for name, each in network.named_parameters() if "norm" in name and "linear" in name)
+    return sum(
+        each.numel()
+        for name, each in network.named_parameters()
+        if "norm" in name and "linear" in name
+    )
 
 
 rows = []
 for name, network in (("miniature", model), ("FLUX.1-dev", giant)):
-    modulation, whole = modulation_parameters(network), sum(each.numel() for each in network.parameters())
+    modulation, whole = (
+        modulation_parameters(network),
+        sum(each.numel() for each in network.parameters()),
+    )
     rows.append([name, modulation, whole, f"{100 * modulation / whole:.0f} %"])
 print(Table(["model", "in modulation", "in the transformer", "share"], rows))
 
@@ -395,22 +443,34 @@ from diffusers.models import embeddings as their_embeddings
 from diffusers.models import normalization as their_norms
 
 PAIRS = {
-    "conditioning vector": (embed, their_embeddings.CombinedTimestepGuidanceTextProjEmbeddings(96, 64)),
+    "conditioning vector": (
+        embed,
+        their_embeddings.CombinedTimestepGuidanceTextProjEmbeddings(96, 64),
+    ),
     "AdaLayerNormZero": (norm1, their_norms.AdaLayerNormZero(96)),
-    "AdaLayerNormZeroSingle": (model.single_transformer_blocks[0].norm, their_norms.AdaLayerNormZeroSingle(96)),
-    "AdaLayerNormContinuous": (model.norm_out, their_norms.AdaLayerNormContinuous(96, 96, elementwise_affine=False, eps=1e-6)),
+    "AdaLayerNormZeroSingle": (
+        model.single_transformer_blocks[0].norm,
+        their_norms.AdaLayerNormZeroSingle(96),
+    ),
+    "AdaLayerNormContinuous": (
+        model.norm_out,
+        their_norms.AdaLayerNormContinuous(96, 96, elementwise_affine=False, eps=1e-6),
+    ),
 }
 for ours, reference in PAIRS.values():
     reference.load_state_dict(ours.state_dict(), strict=True)
 
 # %%
 tokens, numbers = torch.randn(28, 64, 96), (1000 * schedule, torch.full((28,), 3500.0))
-inputs = dict.fromkeys(PAIRS, (tokens, temb)) | {"conditioning vector": (*numbers, text.pooled_prompt_embeds.expand(28, -1))}
+inputs = dict.fromkeys(PAIRS, (tokens, temb))
+inputs["conditioning vector"] = (*numbers, text.pooled_prompt_embeds.expand(28, -1))
 
 
 def tensors(result):
     """All tensors of a result, one after another."""
-    return [result] if torch.is_tensor(result) else [tensor for each in result for tensor in tensors(each)]
+    if torch.is_tensor(result):
+        return [result]
+    return [tensor for each in result for tensor in tensors(each)]
 
 
 for name, (ours, reference) in PAIRS.items():
@@ -429,14 +489,21 @@ for name, (ours, reference) in PAIRS.items():
 
 
 # %%
+SINGLE = ["shift", "scale", "gate"]
+DOUBLE = [f"{layer}/{signal}" for layer in ("attn", "mlp") for signal in SINGLE]
+
+
 def one_block(block=0, stream="image", guidance=3.5):
     recorded = all_signals(schedule, guidance)
-    kinds = [(layer, signal) for layer in ("attn", "mlp") for signal in ("shift", "scale", "gate")]
     if block < 19:
-        picked = {f"{layer} {signal}": recorded[f"double {block:02d}/modulation/{stream}/{layer}/{signal}"] for layer, signal in kinds}
-        return plots.channel_map(picked, schedule, f"double block {block}, {stream} stream, guidance {guidance}")
-    picked = {signal: recorded[f"single {block - 19:02d}/modulation/{signal}"] for signal in ("shift", "scale", "gate")}
-    return plots.channel_map(picked, schedule, f"single block {block - 19}, guidance {guidance}")
+        title, path = (
+            f"double block {block}, {stream} stream",
+            f"double {block:02d}/modulation/{stream}",
+        )
+    else:
+        title, path = f"single block {block - 19}", f"single {block - 19:02d}/modulation"
+    picked = {name: recorded[f"{path}/{name}"] for name in (DOUBLE if block < 19 else SINGLE)}
+    return plots.channel_map(picked, schedule, f"{title}, guidance {guidance}")
 
 
 explore(
@@ -444,7 +511,8 @@ explore(
     block=(0, 56),
     stream=["image", "text"],
     guidance=(1.0, 6.0, 0.5),
-    alt="Six maps of double block 0, image stream: 96 channels from top to bottom, noise levels from left to right.",
+    alt="Six maps of double block 0, image stream: 96 channels from top to bottom, noise levels"
+    " from left to right.",
 )
 
 # %% [markdown]
@@ -471,8 +539,10 @@ def told_another_time(change):
         handle.remove()
 
 
-def drawn(steps=10):
-    return pipe(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)).images[0]
+def drawn(steps=6):
+    generator = torch.Generator().manual_seed(0)
+    with flux_lab.shapes.checks(enabled=False):  # many passes: they are faster without
+        return pipe(PROMPT, num_inference_steps=steps, generator=generator).images[0]
 
 
 # %%
@@ -487,7 +557,10 @@ images = []
 for change in lies.values():
     with told_another_time(change):
         images.append(drawn())
-show(plots.gallery(images, list(lies)), alt="Five pictures: told the true noise level, less, more, always 1, always 0.5.")
+show(
+    plots.gallery(images, list(lies)),
+    alt="Five pictures: told the true noise level, less, more, always 1, always 0.5.",
+)
 
 # %% [markdown]
 # *What to see*: every picture has the same words, seed and steps as the first. Look for grain and false patterns where
@@ -504,9 +577,11 @@ show(plots.gallery(images, list(lies)), alt="Five pictures: told the true noise 
 def changed_signals(change):
     def hook(module, args, signals):
         groups = signals.chunk(signals.shape[1] // (3 * 96), dim=1)
-        return torch.cat([signal for group in groups for signal in change(*group.chunk(3, dim=1))], dim=1)
+        changed = [signal for group in groups for signal in change(*group.chunk(3, dim=1))]
+        return torch.cat(changed, dim=1)
 
-    linears = [part for name, part in model.named_modules() if name.endswith(("norm1.linear", "norm1_context.linear", ".norm.linear"))]
+    ends = ("norm1.linear", "norm1_context.linear", ".norm.linear")
+    linears = [part for name, part in model.named_modules() if name.endswith(ends)]
     handles = [linear.register_forward_hook(hook) for linear in linears]
     try:
         yield
@@ -521,7 +596,7 @@ changes = {
     "shift ↔ scale": lambda shift, scale, gate: (scale, shift, gate),
     "shift = 0": lambda shift, scale, gate: (0 * shift, scale, gate),
     "scale = 0": lambda shift, scale, gate: (shift, 0 * scale, gate),
-    "gate = its mean": lambda shift, scale, gate: (shift, scale, gate.mean(dim=1, keepdim=True).expand_as(gate)),
+    "gate = its mean": lambda shift, scale, gate: (shift, scale, 0 * gate + gate.mean(1, True)),
     "gate = 0": lambda shift, scale, gate: (shift, scale, 0 * gate),
 }
 images = []
@@ -535,7 +610,8 @@ for name, change in changes.items():
 # %%
 show(
     plots.gallery(images, list(changes)),
-    alt="Six pictures: as trained, shift and scale swapped, without shift, without scale, gates flattened, gates closed.",
+    alt="Six pictures: as trained, shift and scale swapped, without shift, without scale, gates"
+    " flattened, gates closed.",
 )
 
 # %% [markdown]
@@ -552,14 +628,19 @@ show(
 k, here = 5, "double 05/modulation/image/attn/"
 block = model.transformer_blocks[k]
 seen = {}
-handle = block.attn.register_forward_hook(lambda module, args, given, result: seen.update(given, output=result[0]), with_kwargs=True)
+handle = block.attn.register_forward_hook(
+    lambda module, args, given, result: seen.update(given, output=result[0]), with_kwargs=True
+)
 with trace(model, only=["double 04/image", f"{here}*"]) as recorded:
     velocity(model, noise)
 handle.remove()
 before = recorded["double 04/image"]
 shift, scale, gate = (recorded[here + signal][:, None] for signal in ("shift", "scale", "gate"))
 expected = F.layer_norm(before, [96], eps=1e-6) * (1 + scale) + shift
-print(f"input of attention − (LN(x) (1 + scale) + shift): {(seen['hidden_states'] - expected).abs().max():.1e}")
+print(
+    "input of attention − (LN(x) (1 + scale) + shift):"
+    f" {(seen['hidden_states'] - expected).abs().max():.1e}"
+)
 assert torch.allclose(seen["hidden_states"], expected, atol=1e-4)
 
 # %% [markdown]
@@ -570,7 +651,10 @@ assert torch.allclose(seen["hidden_states"], expected, atol=1e-4)
 handle = block.norm2.register_forward_pre_hook(lambda module, args: seen.update(between=args[0]))
 velocity(model, noise)
 handle.remove()
-print(f"stream behind attention − (x + gate · output): {(seen['between'] - (before + gate * seen['output'])).abs().max():.1e}")
+print(
+    "stream behind attention − (x + gate · output):"
+    f" {(seen['between'] - (before + gate * seen['output'])).abs().max():.1e}"
+)
 assert torch.allclose(seen["between"], before + gate * seen["output"], atol=1e-4)
 
 # %% [markdown]
@@ -578,15 +662,25 @@ assert torch.allclose(seen["between"], before + gate * seen["output"], atol=1e-4
 # the norm has nothing of its own. These are all parameters of the norms of a double block:
 
 # %% tags=["nbval-check-output"]
-print([name for name, _ in model.transformer_blocks[0].named_parameters() if "norm" in name and "attn" not in name])
+print(
+    [
+        name
+        for name, _ in model.transformer_blocks[0].named_parameters()
+        if "norm" in name and "attn" not in name
+    ]
+)
 
 # %% [markdown]
 # **"Modulation tells the blocks what the prompt says, word by word."** It knows the prompt through one vector, CLIP's
 # pooled one. Other words for T5 and other latents change no signal at all:
 
 # %% tags=["nbval-check-output"]
-other_words = text._replace(prompt_embeds=pipe.encode_prompt("two green cones on the sand").prompt_embeds)
-other_pooled = text._replace(pooled_prompt_embeds=pipe.encode_prompt("two green cones on the sand").pooled_prompt_embeds)
+other_words = text._replace(
+    prompt_embeds=pipe.encode_prompt("two green cones on the sand").prompt_embeds
+)
+other_pooled = text._replace(
+    pooled_prompt_embeds=pipe.encode_prompt("two green cones on the sand").pooled_prompt_embeds
+)
 cases = {
     "other T5 words": all_signals(schedule, text=other_words),
     "other latents": all_signals(schedule, latents=2.0),
@@ -606,7 +700,9 @@ for name, signals in cases.items():
 source(flux_lab.normalization.AdaLayerNormContinuous, docstring=False)
 
 # %%
-handle = model.norm_out.linear.register_forward_hook(lambda module, args, result: torch.cat(result.chunk(2, dim=1)[::-1], dim=1))
+handle = model.norm_out.linear.register_forward_hook(
+    lambda module, args, result: torch.cat(result.chunk(2, dim=1)[::-1], dim=1)
+)
 error = (velocity(model, noise) - right).norm() / right.norm()
 handle.remove()
 print(f"last layer read as shift, scale: relative error of the velocity {error:.2f}")

@@ -16,9 +16,19 @@ import torch
 
 import flux_lab
 from flux_lab import instruments
-from flux_lab.instruments import FLUX_1_DEV, Table, ablate, compare, explore, plots, show, source, trace
-from flux_lab.instruments.ablate import named_blocks
+from flux_lab.instruments import (
+    FLUX_1_DEV,
+    Table,
+    ablate,
+    compare,
+    explore,
+    plots,
+    show,
+    source,
+    trace,
+)
 from flux_lab.latents import pack_latents, prepare_latent_image_ids, prepare_noise
+from flux_lab.transformer import named_blocks
 
 torch.set_grad_enabled(False)  # nothing is trained here
 pipe = flux_lab.load_mini()
@@ -26,6 +36,7 @@ pipe.set_progress_bar_config(disable=True)
 model = pipe.transformer
 mini = instruments.anatomy_of(pipe)
 PROMPT = "a large shiny red sphere to the left of a small blue cube on a wooden floor"
+STEPS = 10
 
 
 def seeded(seed=0):
@@ -61,9 +72,9 @@ show(
 # of a run.
 
 # %%
-full = pipe(PROMPT, generator=seeded(), num_inference_steps=14).images[0]
-states = list(pipe.steps(PROMPT, generator=seeded(), num_inference_steps=14))
-middle = 5  # the step we look into
+states = list(pipe.steps(PROMPT, generator=seeded(), num_inference_steps=STEPS))
+full = states[-1].image()
+middle = 4  # the step we look into
 x, sigma = states[middle - 1].latents, states[middle].sigma
 words = pipe.encode_prompt(PROMPT)
 inputs = {
@@ -75,7 +86,7 @@ inputs = {
     "txt_ids": words.text_ids,
     "guidance": torch.tensor([3.5]),
 }
-print(f"step {middle + 1} of 14, sigma = {sigma:.3f}")
+print(f"step {middle + 1} of {STEPS}, sigma = {sigma:.3f}")
 
 # %% [markdown]
 # ## The pass, by hand
@@ -105,7 +116,9 @@ assert dev["embedded/image"].shape == (1, 4096, 3072)
 # **3. The rotations** tell each token its place. Text comes first.
 
 # %% tags=["nbval-check-output"]
-temb = model.time_text_embed(1000 * inputs["timestep"], 1000 * inputs["guidance"], inputs["pooled_projections"])
+temb = model.time_text_embed(
+    1000 * inputs["timestep"], 1000 * inputs["guidance"], inputs["pooled_projections"]
+)
 rotation = model.pos_embed(torch.cat([inputs["txt_ids"], inputs["img_ids"]]))
 beside("conditioning", temb)
 beside("rope/cos", rotation[0])
@@ -177,7 +190,10 @@ show(
     alt="Standard deviation of the text and image streams behind each of the 57 blocks.",
 )
 largest = max(spread["image"])
-print(f"image stream: {spread['image'][0]:.2f} behind the first block, {spread['image'][-1]:.2f} behind the last, at most {largest:.2f}")
+print(
+    f"image stream: {spread['image'][0]:.2f} behind the first block, {spread['image'][-1]:.2f}"
+    f" behind the last, at most {largest:.2f}"
+)
 
 # %% [markdown]
 # *What to see*: two curves from block to block. Flat stretches are blocks that add little. The text curve goes on to the
@@ -189,7 +205,15 @@ print(f"image stream: {spread['image'][0]:.2f} behind the first block, {spread['
 # %%
 from flux_lab.instruments.work import FLUX_1_SCHNELL
 
-SOME = ("embedded/*", "conditioning*", "double 00/attn/*", "double 00/image", "single 00/mlp/*", "single 00/update", "velocity")
+SOME = (
+    "embedded/*",
+    "conditioning*",
+    "double 00/attn/*",
+    "double 00/image",
+    "single 00/mlp/*",
+    "single 00/update",
+    "velocity",
+)
 instruments.side_by_side(mini, FLUX_1_DEV, FLUX_1_SCHNELL, only=SOME)
 
 # %% [markdown]
@@ -225,7 +249,10 @@ assert sum(counts["FLUX.1-dev"].values()) == 11_901_408_320
 work = {anatomy.name: flops_by_part(anatomy) for anatomy in models}
 for name, flops in work.items():
     total, product = sum(flops.values()), flops["attention product"]
-    print(f"{name:15} {total / 1e12:9.4f} TFLOP for one pass, {100 * product / total:4.1f} % of it between tokens, in attention")
+    print(
+        f"{name:15} {total / 1e12:9.4f} TFLOP for one pass, {100 * product / total:4.1f} % of it"
+        " between tokens, in attention"
+    )
 assert sum(work["FLUX.1-dev"].values()) == 74_384_653_418_496
 
 # %%
@@ -252,9 +279,12 @@ product = {side: flops["attention product"] / 1e12 for side, flops in grown.item
 rest = {side: sum(flops.values()) / 1e12 - product[side] for side, flops in grown.items()}
 show(
     plots.growth(
-        {"everything else": rest, "attention product": product}, xlabel="pixels along each side of the picture", ylabel="TFLOP for one pass"
+        {"everything else": rest, "attention product": product},
+        xlabel="pixels along each side of the picture",
+        ylabel="TFLOP for one pass",
     ),
-    alt="Work of one FLUX.1-dev pass against picture size: the attention product overtakes the rest between 2048 and 2560 pixels.",
+    alt="Work of one FLUX.1-dev pass against picture size: the attention product overtakes the rest"
+    " between 2048 and 2560 pixels.",
 )
 
 # %% [markdown]
@@ -282,22 +312,34 @@ from flux_lab.instruments.activations import peak_activations
 
 
 def memory(anatomy, dtype):
-    weights = {part: count * dtype.itemsize / 1e9 for part, count in instruments.parameter_counts(anatomy).items()}
+    weights = {
+        part: count * dtype.itemsize / 1e9
+        for part, count in instruments.parameter_counts(anatomy).items()
+    }
     return weights | {"activations of a pass": peak_activations(anatomy, dtype) / 1e9}
 
 
 rows = {"bf16": memory(FLUX_1_DEV, torch.bfloat16), "float32": memory(FLUX_1_DEV, torch.float32)}
 show(
     plots.stacked_bars(rows, xlabel="memory of FLUX.1-dev, GB", marks={"16 GB": 16, "24 GB": 24}),
-    alt="Memory of FLUX.1-dev by part in bf16 and in float32, with marks at 16 and 24 GB: everything at once fits neither.",
+    alt="Memory of FLUX.1-dev by part in bf16 and in float32, with marks at 16 and 24 GB:"
+    " everything at once fits neither.",
 )
 
 # %%
 small = memory(mini, torch.float32)
-print("miniature in float32, MB:", ", ".join(f"{part} {1000 * size:.1f}" for part, size in small.items()))
+print(
+    "miniature in float32, MB:",
+    ", ".join(f"{part} {1000 * size:.1f}" for part, size in small.items()),
+)
 for anatomy in (mini, FLUX_1_DEV):
-    fused, written_out = (peak_activations(anatomy, torch.bfloat16, fused) / 1e6 for fused in (True, False))
-    print(f"{anatomy.name:10} activations in bf16: {fused:7,.1f} MB, with attention written out {written_out:7,.1f} MB")
+    fused, written_out = (
+        peak_activations(anatomy, torch.bfloat16, fused) / 1e6 for fused in (True, False)
+    )
+    print(
+        f"{anatomy.name:10} activations in bf16: {fused:7,.1f} MB, with attention written out"
+        f" {written_out:7,.1f} MB"
+    )
 
 # %% [markdown]
 # *What to see*: in bf16 the weights of transformer and T5 alone are more than a card of 24 GB holds. Lesson 13 makes them
@@ -325,7 +367,10 @@ source(type(model).__init__, docstring=False)
 
 # %% tags=["nbval-check-output"]
 for name, recorded in (("miniature", t), ("FLUX.1-dev", dev)):
-    shapes = {stream: {tuple(recorded[f"{block}/{stream}"].shape) for block in blocks} for stream in ("text", "image")}
+    shapes = {
+        stream: {tuple(recorded[f"{block}/{stream}"].shape) for block in blocks}
+        for stream in ("text", "image")
+    }
     print(f"{name:10} shapes behind the 57 blocks: text {shapes['text']}, image {shapes['image']}")
 assert {tuple(t[f"{block}/image"].shape) for block in blocks} == {(1, 64, 96)}
 assert {tuple(dev[f"{block}/image"].shape) for block in blocks} == {(1, 4096, 3072)}
@@ -351,10 +396,15 @@ for wrong in ({"img_ids": prepare_latent_image_ids(rows=4, columns=8)}, {"guidan
 import diffusers
 
 folder = flux_lab.data_dir() / "flux-mini"
-reference = diffusers.FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=torch.float32)
+reference = diffusers.FluxTransformer2DModel.from_pretrained(
+    folder, subfolder="transformer", dtype=torch.float32
+)
 theirs = reference(**inputs, return_dict=False)[0]
 difference = (model(**inputs) - theirs).abs().max().item()
-print(f"largest difference of the velocity: {difference:.2g}, of numbers up to {theirs.abs().max():.2f}")
+print(
+    f"largest difference of the velocity: {difference:.2g}, of numbers up to"
+    f" {theirs.abs().max():.2f}"
+)
 assert difference < 1e-3
 
 # %% [markdown]
@@ -406,8 +456,12 @@ assert result.name == "transformer_blocks.7.attn.to_k"
 #
 # ### Visit any of the 57 blocks
 #
-# `ablate` turns a block off: it hands both streams on as they came. First all blocks in one look. For each we run the one
-# step from above without it, and decode the picture that the velocity aims at, $x_0 = x - \sigma v$.
+# `ablate` turns a block off: it hands both streams on as they came. First all blocks in one look: the one step from above
+# without each of them, and the picture that its velocity aims at, $x_0 = x - \sigma v$, decoded.
+#
+# 57 passes are not needed. In front of the missing block all of them are equal to the whole pass. So **one growing batch**
+# goes through the blocks. Its first row is the whole pass; behind each block a row joins it, the first row as it was
+# *before* the block: a pass that lacks this block.
 
 
 # %%
@@ -417,16 +471,28 @@ def without(name):
     return ablate(model, **{kind: int(index)})
 
 
-velocities = {}
-with flux_lab.shapes.checks(enabled=False):  # many passes: without the checks of shapes they are faster
-    for name in blocks:
-        with without(name):
-            velocities[name] = model(**inputs)
-aims = torch.cat([x - sigma * v for v in (velocity, *velocities.values())])
-sheet = dict(zip(["all blocks", *blocks], pipe.decode(aims, 128, 128), strict=True))
+def all_but_one():
+    """Velocities: of the whole pass, then of the passes that lack one block."""
+    text = model.context_embedder(inputs["encoder_hidden_states"])
+    image = model.x_embedder(x)
+    for block in named_blocks(model).values():
+        before = text[:1], image[:1]
+        around = {"temb": temb.expand(len(image), -1), "image_rotary_emb": rotation}
+        after = block(hidden_states=image, encoder_hidden_states=text, **around)
+        text, image = (torch.cat(streams) for streams in zip(after, before, strict=True))
+    return model.proj_out(model.norm_out(image, temb.expand(len(image), -1)))
+
+
+# %%
+rows = all_but_one()
+velocities = dict(zip(blocks, rows[1:].split(1), strict=True))
+with without("single 20"):
+    assert torch.allclose(velocities["single 20"], model(**inputs), atol=1e-3)
+aims = pipe.decode(x - sigma * rows, 128, 128)
 show(
-    plots.block_sheet(sheet),
-    alt="58 small pictures: what one step aims at with all blocks, and with each of the 57 blocks turned off.",
+    plots.block_sheet(dict(zip(["all blocks", *blocks], aims, strict=True))),
+    alt="58 small pictures: what one step aims at with all blocks, and with each of the 57 blocks"
+    " turned off.",
 )
 
 # %% [markdown]
@@ -437,10 +503,16 @@ show(
 
 # %%
 change = {name: ((v - velocity).norm() / velocity.norm()).item() for name, v in velocities.items()}
-opened = {name: torch.stack([t[gate].abs().mean() for gate in t.names(f"{name}/*gate")]).mean().item() for name in blocks}
+opened = {
+    name: torch.stack([t[gate].abs().mean() for gate in t.names(f"{name}/*gate")]).mean().item()
+    for name in blocks
+}
 show(
-    plots.block_bars({"change of the velocity,\nits block turned off": change, "gates: mean of |gate|": opened}),
-    alt="Two rows of 57 bars: the change of the velocity when a block is off, and the mean size of its gates.",
+    plots.block_bars(
+        {"change of the velocity,\nits block turned off": change, "gates: mean of |gate|": opened}
+    ),
+    alt="Two rows of 57 bars: the change of the velocity when a block is off, and the mean size of"
+    " its gates.",
 )
 order = sorted(change, key=change.get, reverse=True)
 print("most missed: ", ", ".join(f"{name} ({change[name]:.3f})" for name in order[:4]))
@@ -450,18 +522,29 @@ print("least missed:", ", ".join(f"{name} ({change[name]:.3f})" for name in orde
 # *What to see*: the longest bar of each row has its name. A block whose gates are zero changes nothing; its bar has no
 # height. Wide gates alone do not make a block important: what it adds may be undone by the next.
 #
-# Now whole images. Choose a block; it is off in all 14 steps.
+# Now whole images. Choose a block; it is off in all 10 steps. Checks of shapes are off as well: in so small a model they
+# take a quarter of the time.
 
 
 # %%
+def image_of(seed=0):
+    with flux_lab.shapes.checks(enabled=False):
+        return pipe(PROMPT, generator=seeded(seed), num_inference_steps=STEPS).images[0]
+
+
 def visit(block="double 00", seed=0):
     with without(block):
-        lacking = pipe(PROMPT, generator=seeded(seed), num_inference_steps=14).images[0]
-    complete = full if seed == 0 else pipe(PROMPT, generator=seeded(seed), num_inference_steps=14).images[0]
+        lacking = image_of(seed)
+    complete = image_of(seed) if seed else full
     return plots.gallery([complete, lacking], ["all 57 blocks", f"without {block}"])
 
 
-explore(visit, block=blocks, seed=(0, 20), alt="The image with all blocks, and without the first double-stream block.")
+explore(
+    visit,
+    block=blocks,
+    seed=(0, 20),
+    alt="The image with all blocks, and without the first double-stream block.",
+)
 
 # %% [markdown]
 # And many at once: a whole stretch of single-stream blocks.
@@ -471,11 +554,16 @@ explore(visit, block=blocks, seed=(0, 20), alt="The image with all blocks, and w
 def stretch(first=0, count=10):
     off = range(first, min(first + count, 38))
     with ablate(pipe, single=off):
-        lacking = pipe(PROMPT, generator=seeded(), num_inference_steps=14).images[0]
+        lacking = image_of()
     return plots.gallery([full, lacking], ["all 57 blocks", f"without single {first} to {off[-1]}"])
 
 
-explore(stretch, first=(0, 37), count=(1, 38), alt="The image with all blocks, and without the first ten single-stream blocks.")
+explore(
+    stretch,
+    first=(0, 37),
+    count=(1, 38),
+    alt="The image with all blocks, and without the first ten single-stream blocks.",
+)
 
 # %% [markdown]
 # ## Break it
@@ -500,12 +588,15 @@ broken = {
 images = {"as trained": full}
 for name, changed in broken.items():
     with instruments.seams.replaced(pipe, "transformer", changed):
-        images[name] = pipe(PROMPT, generator=seeded(), num_inference_steps=14).images[0]
+        images[name] = image_of()
 with ablate(pipe, t5=True):
-    images["words' vectors zero"] = pipe(PROMPT, generator=seeded(), num_inference_steps=14).images[0]
+    images["words' vectors zero"] = image_of()
 
 # %%
-changes = {name: (changed(**inputs) - velocity).norm() / velocity.norm() for name, changed in broken.items()}
+changes = {
+    name: (changed(**inputs) - velocity).norm() / velocity.norm()
+    for name, changed in broken.items()
+}
 with ablate(model, t5=True):
     changes["words' vectors zero"] = (model(**inputs) - velocity).norm() / velocity.norm()
 for name, value in changes.items():
@@ -530,7 +621,9 @@ show(
 for block in ("single 00", "single 37"):
     with ablate(model, stream={block: "text"}):  # the text passes this block unchanged
         held = model(**inputs)
-    print(f"text held in {block}: largest change of the velocity {(held - velocity).abs().max():.2g}")
+    print(
+        f"text held in {block}: largest change of the velocity {(held - velocity).abs().max():.2g}"
+    )
     if block == "single 37":
         assert torch.equal(held, model(**inputs))
 
@@ -543,7 +636,9 @@ sizes = {name: sum(count.values()) for name, count in counts.items()}
 fewer = sizes["FLUX.1-dev"] - sizes["FLUX.1-schnell"]
 width = FLUX_1_DEV.transformer.inner_dim
 print(f"schnell has {fewer:,} parameters fewer: {100 * fewer / sizes['FLUX.1-dev']:.2f} %")
-assert fewer == (256 * width + width) + (width * width + width)  # two linear layers: 256 -> 3072 -> 3072
+assert fewer == (256 * width + width) + (
+    width * width + width
+)  # two linear layers: 256 -> 3072 -> 3072
 
 # %% [markdown]
 # **"Twelve billion parameters work on every token."** The modulation, 27 % of them, works on one vector for each picture.
@@ -552,19 +647,29 @@ assert fewer == (256 * width + width) + (width * width + width)  # two linear la
 # %% tags=["nbval-check-output"]
 modulation = [f"{kind}: modulation" for kind in ("double", "single")]
 for name in ("FLUX.1-dev", "miniature"):
-    share = [100 * sum(each[name][part] for part in modulation) / sum(each[name].values()) for each in (counts, work)]
-    print(f"{name:10} modulation: {share[0]:.1f} % of the parameters, {share[1]:.3f} % of the FLOPs")
+    share = [
+        100 * sum(each[name][part] for part in modulation) / sum(each[name].values())
+        for each in (counts, work)
+    ]
+    print(
+        f"{name:10} modulation: {share[0]:.1f} % of the parameters, {share[1]:.3f} % of the FLOPs"
+    )
 other = inputs | {"hidden_states": pack_latents(prepare_noise(mini.shapes()["latents"], seeded(9)))}
 with trace(model, only="*modulation/*") as again:
     model(**other)
-print("other latents, the same modulation:", all(torch.equal(again[name], t[name]) for name in again))
+print(
+    "other latents, the same modulation:", all(torch.equal(again[name], t[name]) for name in again)
+)
 
 # %% [markdown]
 # **"Attention is quadratic, so it is most of the work."** It depends on the size. Where do the two meet in FLUX.1-dev?
 
 # %% tags=["nbval-check-output"]
 for side in SIDES:
-    print(f"{side:4} pixels: attention product {100 * product[side] / (product[side] + rest[side]):4.1f} % of the FLOPs of a pass")
+    print(
+        f"{side:4} pixels: attention product"
+        f" {100 * product[side] / (product[side] + rest[side]):4.1f} % of the FLOPs of a pass"
+    )
 
 # %% [markdown]
 # ## Your turn

@@ -7,7 +7,7 @@
 # - say what `scaling_factor` and `shift_factor` are for, measure both, and undo them in the right order;
 # - tell what the autoencoder loses, and decode a picture that is too large for the memory in tiles without seams.
 #
-# **Time**: less than a minute to run, 60 minutes to study. **You need**: lesson 00, and to know what a convolution is.
+# **Time**: half a minute to run, 60 minutes to study. **You need**: lesson 00, and to know what a convolution is.
 
 # %%
 import numpy as np
@@ -36,7 +36,8 @@ vae = pipe.vae
 # %%
 show(
     plots.pipeline_map("vae", shapes=(mini, FLUX_1_DEV)),
-    alt="Map of the pipeline with the VAE decoder lit: latents of shape [1, 16, 16, 16] go in, an image of shape"
+    alt="Map of the pipeline with the VAE decoder lit: latents of shape [1, 16, 16, 16] go in, an"
+    " image of shape"
     " [1, 3, 128, 128] comes out; in FLUX.1-dev [1, 16, 128, 128] and [1, 3, 1024, 1024].",
 )
 
@@ -51,7 +52,10 @@ show(
 for anatomy in (mini, FLUX_1_DEV):
     image, latents = anatomy.shapes()["image"], anatomy.shapes()["latents"]
     pixels, numbers = np.prod(image), np.prod(latents)
-    print(f"{anatomy.name:10} image {list(image)!s:18} latents {list(latents)!s:18} {pixels // numbers} times fewer numbers")
+    print(
+        f"{anatomy.name:10} image {list(image)!s:18} latents {list(latents)!s:18}"
+        f" {pixels // numbers} times fewer numbers"
+    )
 
 # %% [markdown]
 # *Variational* means that the encoder does not answer with one number, but with a bell curve for each: a mean $\mu$ and
@@ -77,10 +81,16 @@ back = vae.decode(posterior.mode()[:5])
 
 # %%
 restored = pipe.image_processor.postprocess(back)
-error = [plots.difference(first, second, times=4) for first, second in zip(pictures[:5], restored, strict=True)]
+error = [
+    plots.difference(first, second, times=4)
+    for first, second in zip(pictures[:5], restored, strict=True)
+]
 show(
-    plots.small_grid({"rendered": pictures[:5], "encoded and\ndecoded": restored, "difference,\n4 times": error}),
-    alt="Five rendered scenes, the same after encoder and decoder, and the difference, four times as strong.",
+    plots.small_grid(
+        {"rendered": pictures[:5], "encoded and\ndecoded": restored, "difference,\n4 times": error}
+    ),
+    alt="Five rendered scenes, the same after encoder and decoder, and the difference, four times"
+    " as strong.",
 )
 
 # %% [markdown]
@@ -114,11 +124,20 @@ with trace(giant) as giant_walk:
 
 
 def shapes_of(*names):
-    return instruments.side_by_side(walk, giant_walk, only=names, names=(mini.name, FLUX_1_DEV.name))
+    return instruments.side_by_side(
+        walk, giant_walk, only=names, names=(mini.name, FLUX_1_DEV.name)
+    )
 
 
 # %% tags=["nbval-check-output"]
-levels = ("*/resnets/?", "*/?*samplers/0", "*/attentions/0", "*/conv_in", "*/conv_norm_out", "*/conv_out")
+levels = (
+    "*/resnets/?",
+    "*/?*samplers/0",
+    "*/attentions/0",
+    "*/conv_in",
+    "*/conv_norm_out",
+    "*/conv_out",
+)
 print(shapes_of(*(name.replace("*", "encoder*", 1) for name in levels)))
 
 # %% [markdown]
@@ -136,7 +155,8 @@ print(shapes_of(*(name.replace("*", "encoder*", 1) for name in levels)))
 seen = {f"level {level}": walk[f"encoder/down_blocks/{level}/resnets/1"] for level in range(4)}
 show(
     plots.feature_maps(seen | {"mid block": walk["encoder/mid_block"]}),
-    alt="Five rows of five gray maps: what the encoder's levels hold for one scene. The maps get coarser from row to row.",
+    alt="Five rows of five gray maps: what the encoder's levels hold for one scene. The maps get"
+    " coarser from row to row.",
 )
 
 # %% [markdown]
@@ -160,7 +180,8 @@ seen = {"latents": posterior.mode()[:1]}
 seen |= {f"level {level}": walk[f"decoder/up_blocks/{level}/resnets/2"] for level in range(4)}
 show(
     plots.feature_maps(seen),
-    alt="Five rows of five gray maps: the latents and the four levels of the decoder, from coarse to fine.",
+    alt="Five rows of five gray maps: the latents and the four levels of the decoder, from coarse"
+    " to fine.",
 )
 
 # %% [markdown]
@@ -169,10 +190,14 @@ show(
 # %%
 stages = ["conv_in", "mid_block", *(f"up_blocks/{level}" for level in range(4)), "conv_out"]
 walks = {mini.name: walk, FLUX_1_DEV.name: giant_walk}
-counts = {name: {stage: each[f"decoder/{stage}"].numel() for stage in stages} for name, each in walks.items()}
+counts = {
+    name: {stage: each[f"decoder/{stage}"].numel() for stage in stages}
+    for name, each in walks.items()
+}
 show(
     plots.level_sizes(counts),
-    alt="Numbers handed on by each stage of the decoder, logarithmic, miniature and FLUX.1-dev: both rise by a factor of 16 or more"
+    alt="Numbers handed on by each stage of the decoder, logarithmic, miniature and FLUX.1-dev:"
+    " both rise by a factor of 16 or more"
     " up to the third level and fall at the end.",
 )
 largest = max(counts[FLUX_1_DEV.name].values())
@@ -200,7 +225,8 @@ maps = {f"from row {row}, column {column}": weights[16 * row + column] for row, 
 assert torch.allclose(weights.sum(dim=(1, 2)), torch.ones(256))
 show(
     plots.heat_maps(maps, "share of the attention"),
-    alt="Three maps of 16 by 16 places: where the encoder's attention looks from the upper left, the middle and the lower right.",
+    alt="Three maps of 16 by 16 places: where the encoder's attention looks from the upper left,"
+    " the middle and the lower right.",
 )
 
 # %% [markdown]
@@ -215,7 +241,7 @@ show(
 
 # %%
 def influence(row, column, strength=2.0):
-    """Mean absolute change of every pixel when one place of the latents moves by `strength` standard deviations."""
+    """Mean absolute change of every pixel when one place of the latents moves."""
     moved = posterior.mode()[:1].clone()
     moved[:, :, row, column] += strength * posterior.mean.std()
     return (vae.decode(moved) - back[:1]).abs().mean(dim=(0, 1))
@@ -231,8 +257,12 @@ print(f"pixels that change at all: {(change > 0).float().mean():.0%}")
 largest_change = change.max()
 faint = (10 * change / largest_change).clamp(max=1)
 show(
-    plots.heat_maps({"change": change / largest_change, "ten times brighter": faint}, "share of the largest change"),
-    alt="Maps of the pixels that change with one place of the latents: a bright spot several times wider than 8 pixels; in the second map,"
+    plots.heat_maps(
+        {"change": change / largest_change, "ten times brighter": faint},
+        "share of the largest change",
+    ),
+    alt="Maps of the pixels that change with one place of the latents: a bright spot several times"
+    " wider than 8 pixels; in the second map,"
     " ten times brighter, faint changes reach further.",
 )
 
@@ -256,11 +286,15 @@ assert torch.equal(posterior.mode(), posterior.mean)  # the most likely latents
 # %%
 show(
     plots.posterior_spread(posterior),
-    alt="For each of 16 channels two deviations on a logarithmic scale: that of the means from place to place lies far above that of the"
+    alt="For each of 16 channels two deviations on a logarithmic scale: that of the means from"
+    " place to place lies far above that of the"
     " posterior at one place.",
 )
 signal, noise = posterior.mean.std(), posterior.std.mean()
-print(f"means vary by {signal:.3f}, the posterior is {noise:.4f} wide: {signal / noise:.0f} times less")
+print(
+    f"means vary by {signal:.3f}, the posterior is {noise:.4f} wide: {signal / noise:.0f} times"
+    " less"
+)
 
 # %% [markdown]
 # *What to see*: the lower dots are the noise in $z = \mu + s\,n$, the upper ones what the noise has to compete with.
@@ -278,7 +312,12 @@ def drawn_at(width=1.0, scene=0):
 
 
 # %%
-explore(drawn_at, width=(0.0, 100.0, 1.0), scene=(0, 39), alt="A rendered scene beside what is decoded from a sample of its posterior.")
+explore(
+    drawn_at,
+    width=(0.0, 100.0, 1.0),
+    scene=(0, 39),
+    alt="A rendered scene beside what is decoded from a sample of its posterior.",
+)
 
 # %% [markdown]
 # *What to see*: at width 0 this is the mode, at width 1 a proper sample. Can you tell them apart? Move the slider up
@@ -298,10 +337,15 @@ from flux_lab.training.vae import KL_WEIGHT
 
 by_hand = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum(dim=(1, 2, 3))
 normal = torch.distributions.Normal
-theirs = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0)).sum(dim=(1, 2, 3))
+theirs = torch.distributions.kl_divergence(
+    normal(posterior.mean, posterior.std), normal(0.0, 1.0)
+).sum(dim=(1, 2, 3))
 assert torch.allclose(posterior.kl(), by_hand)
 assert torch.allclose(by_hand, theirs, rtol=1e-3)
-print(f"KL of the first scene: {posterior.kl()[0]:.0f} nats, {posterior.kl()[0] / posterior.mean[0].numel():.1f} for each number")
+print(
+    f"KL of the first scene: {posterior.kl()[0]:.0f} nats,"
+    f" {posterior.kl()[0] / posterior.mean[0].numel():.1f} for each number"
+)
 print(f"its weight in the miniature's training: {KL_WEIGHT:f}")
 
 # %% [markdown]
@@ -317,14 +361,18 @@ z = posterior.mode()
 x0 = (z - shift) * scale
 print(f"latents as encoded   mean {z.mean():6.3f}, deviation {z.std():.3f}")
 print(f"shifted and scaled   mean {x0.mean():6.3f}, deviation {x0.std():.3f}")
-print(f"the configuration    shift_factor {shift}, scaling_factor {scale}; 1 / {scale} = {1 / scale:.3f}")
+print(
+    f"the configuration    shift_factor {shift}, scaling_factor {scale}; 1 / {scale} ="
+    f" {1 / scale:.3f}"
+)
 assert abs(x0.std() - 1) < 0.1
 assert abs(x0.mean()) < 0.25
 
 # %%
 show(
     plots.histograms({"as encoded": z, "shifted and scaled": x0}, "value of a latent"),
-    alt="Histograms of the latents of 40 scenes, as encoded and after shift and scale, with the standard normal curve.",
+    alt="Histograms of the latents of 40 scenes, as encoded and after shift and scale, with the"
+    " standard normal curve.",
 )
 
 # %% [markdown]
@@ -335,7 +383,10 @@ show(
 
 # %% tags=["nbval-check-output"]
 real = FLUX_1_DEV.vae
-print(f"FLUX.1-dev: scaling_factor {real.scaling_factor} = 1 / {1 / real.scaling_factor:.2f}, shift_factor {real.shift_factor}")
+print(
+    f"FLUX.1-dev: scaling_factor {real.scaling_factor} = 1 / {1 / real.scaling_factor:.2f},"
+    f" shift_factor {real.shift_factor}"
+)
 assert torch.allclose(x0 / scale + shift, z, atol=1e-5)
 
 # %% [markdown]
@@ -349,7 +400,10 @@ tokens = flux_lab.latents.pack_latents(x0[:1])
 unpacked = flux_lab.latents.unpack_latents(tokens, height=128, width=128)
 assert torch.equal(unpacked, x0[:1])
 print(f"miniature  tokens {list(tokens.shape)!s:14} unpacked {list(unpacked.shape)}")
-print(f"FLUX.1-dev tokens {list(FLUX_1_DEV.shapes()['tokens'])!s:14} unpacked {list(FLUX_1_DEV.shapes()['latents'])}")
+print(
+    f"FLUX.1-dev tokens {list(FLUX_1_DEV.shapes()['tokens'])!s:14} unpacked"
+    f" {list(FLUX_1_DEV.shapes()['latents'])}"
+)
 
 # %% [markdown]
 # ### The image processor: rules in front of and behind the VAE
@@ -376,11 +430,15 @@ for width, height in ((1024, 1024), (1000, 750), (130, 100), (16, 31)):
 # take the nearest pixel. The same picture, halved in both ways:
 
 # %%
-both = [processor.preprocess(image, height=64, width=64) for image in (pictures[1], np.float32(pictures[1]) / 255)]
+both = [
+    processor.preprocess(image, height=64, width=64)
+    for image in (pictures[1], np.float32(pictures[1]) / 255)
+]
 halves = [processor.postprocess(each)[0] for each in both]
 show(
     plots.small_grid({"": halves}, ["from PIL: LANCZOS", "from an array: nearest"], cell=1.92),
-    alt="One scene halved in size in two ways: with smooth edges from a PIL image, with jagged edges from an array.",
+    alt="One scene halved in size in two ways: with smooth edges from a PIL image, with jagged"
+    " edges from an array.",
 )
 
 # %% [markdown]
@@ -441,16 +499,25 @@ for line in range(9):
 board = Image.fromarray(np.uint8(255 * (np.indices((128, 128)).sum(axis=0) % 2))).convert("RGB")
 two = [ours("large", ("sphere", "cube"), 1.3, -0.4), ours("small", ("cone", "cylinder"), 1.2, 0.8)]
 large, small = (Image.fromarray(array) for array in render(two))
-given = {"large": large, "small": small, "text": text, "landscape": landscape(), "checkerboard": board}
+given = {
+    "large": large,
+    "small": small,
+    "text": text,
+    "landscape": landscape(),
+    "checkerboard": board,
+}
 
 # %%
 strange = processor.preprocess(list(given.values()))
 returned = vae(strange).clamp(-1, 1)
-titles = [f"{name}\n{psnr(a, b):.1f} dB" for name, a, b in zip(given, strange, returned, strict=True)]
+titles = [
+    f"{name}\n{psnr(a, b):.1f} dB" for name, a, b in zip(given, strange, returned, strict=True)
+]
 rows = {"given": list(given.values()), "encoded and\ndecoded": processor.postprocess(returned)}
 show(
     plots.small_grid(rows, titles, cell=1.15),
-    alt="Five pictures before and after the autoencoder: two scenes of its world, text, a landscape and a checkerboard.",
+    alt="Five pictures before and after the autoencoder: two scenes of its world, text, a landscape"
+    " and a checkerboard.",
 )
 
 # %% [markdown]
@@ -467,7 +534,10 @@ from flux_lab.training.quality import object_masks
 masks = torch.from_numpy(object_masks(two, 128))
 for name, mask, a, b in zip(("large", "small"), masks, strange[:2], returned[:2], strict=True):
     inside = psnr(a[:, mask], b[:, mask])
-    print(f"{name} objects: {psnr(a, b):.1f} dB in all pixels, {inside:.1f} dB in the {int(mask.sum()):,} of the objects")
+    print(
+        f"{name} objects: {psnr(a, b):.1f} dB in all pixels, {inside:.1f} dB in the"
+        f" {int(mask.sum()):,} of the objects"
+    )
 
 # %% [markdown]
 # The same in every single pixel, as an absolute error; the values of a pixel go from −1 to 1:
@@ -476,12 +546,18 @@ for name, mask, a, b in zip(("large", "small"), masks, strange[:2], returned[:2]
 losses = (back.clamp(-1, 1) - x[:5]).abs().mean(dim=1)
 show(
     plots.heat_maps({f"scene {place}": losses[place] for place in (0, 1)}, "absolute error"),
-    alt="Absolute error of every pixel for two scenes: dark in flat areas, bright where the picture changes quickly.",
+    alt="Absolute error of every pixel for two scenes: dark in flat areas, bright where the picture"
+    " changes quickly.",
 )
 gray = x[:5].mean(dim=1)
-steep = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(-gray, 3, 1, 1)  # largest minus smallest of 3 x 3 pixels
+steep = F.max_pool2d(gray, 3, 1, 1) + F.max_pool2d(
+    -gray, 3, 1, 1
+)  # largest minus smallest of 3 x 3 pixels
 edge = steep > steep.flatten().quantile(0.9)
-print(f"mean error: {losses[edge].mean():.3f} in the steepest tenth of the pixels, {losses[~edge].mean():.3f} in the others")
+print(
+    f"mean error: {losses[edge].mean():.3f} in the steepest tenth of the pixels,"
+    f" {losses[~edge].mean():.3f} in the others"
+)
 
 # %% [markdown]
 # *What to see*: where the picture changes from one pixel to the next there is more to remember, and the error is
@@ -502,7 +578,8 @@ for width in widths:
     kept.append(((vae(wanted) * wanted).mean() / wanted.square().mean()).item())
 show(
     plots.contrast_kept(widths, {"vertical gray stripes": kept}),
-    alt="Share of the contrast of stripes that comes back, against the width of a stripe from 1 to 32 pixels.",
+    alt="Share of the contrast of stripes that comes back, against the width of a stripe from 1 to"
+    " 32 pixels.",
 )
 
 # %% [markdown]
@@ -519,15 +596,21 @@ show(
 wide = processor.preprocess(Image.fromarray(render(scenes[:1], size=256)[0]))
 z_wide = vae.encode(wide).mode()  # [1, 16, 32, 32]
 whole = vae.decode(z_wide)
-quarters = [[vae.decode(z_wide[:, :, row : row + 16, column : column + 16]) for column in (0, 16)] for row in (0, 16)]
+quarters = [
+    [vae.decode(z_wide[:, :, row : row + 16, column : column + 16]) for column in (0, 16)]
+    for row in (0, 16)
+]
 cut_apart = torch.cat([torch.cat(row, dim=3) for row in quarters], dim=2)
 vae.enable_tiling()
 blended = vae.decode(z_wide)
 vae.enable_tiling(False)
 results = {"whole": whole, "4 tiles, cut": cut_apart, "tiles, blended": blended}
 show(
-    plots.small_grid({"": [processor.postprocess(each)[0] for each in results.values()]}, list(results), cell=2.0),
-    alt="A scene of 256 by 256 pixels decoded in three ways: whole, in four tiles put side by side, in overlapping tiles that are blended.",
+    plots.small_grid(
+        {"": [processor.postprocess(each)[0] for each in results.values()]}, list(results), cell=2.0
+    ),
+    alt="A scene of 256 by 256 pixels decoded in three ways: whole, in four tiles put side by side,"
+    " in overlapping tiles that are blended.",
 )
 
 # %% [markdown]
@@ -540,7 +623,8 @@ show(
 # %%
 show(
     plots.seam_profile(results, seam=128),
-    alt="Difference of neighbouring columns of pixels around column 128: a sharp peak at the seam for cut tiles, none for the other two.",
+    alt="Difference of neighbouring columns of pixels around column 128: a sharp peak at the seam"
+    " for cut tiles, none for the other two.",
 )
 
 # %% [markdown]
@@ -551,18 +635,28 @@ show(
 for name in ("4 tiles, cut", "tiles, blended"):
     jump = plots.neighbour_steps(results[name])[127] / plots.neighbour_steps(whole)[127]
     far = (results[name] - whole).abs().mean()
-    print(f"{name:15} jump at the seam {jump:4.1f} times that of the whole, mean difference to the whole {far:.4f}")
+    print(
+        f"{name:15} jump at the seam {jump:4.1f} times that of the whole, mean difference to the"
+        f" whole {far:.4f}"
+    )
 
 # %% [markdown]
-# The blending hides the borders; the tiles' own means and deviations stay. For FLUX.1-dev a tile is 1024 × 1024 pixels,
-# so tiling does nothing until a picture is larger. What does a picture of 2048 × 2048 need then?
+# The blending hides the borders; the tiles' own means and deviations stay. Look at the lowest quarter of the picture: the
+# last row of tiles is what is left over, 8 rows of latents with hardly anything but floor in them. Group norm brings its
+# small differences to the usual size, so it can show patterns that the whole picture does not have.
+#
+# For FLUX.1-dev a tile is 1024 × 1024 pixels, so tiling does nothing until a picture is larger. What does a picture of
+# 2048 × 2048 need then?
 
 # %% tags=["nbval-check-output"]
 for side in (1024, 2048):
     with trace(giant, only="decoder/*") as big:
         giant.decode(torch.empty(1, 16, side // 8, side // 8, device="meta"))
     name, most = max(((name, big[name].numel()) for name in big), key=lambda item: item[1])
-    print(f"{side} x {side}: largest tensor {list(big[name].shape)}, {2 * most / 2**30:.1f} GiB in 16 bits, in {name.split('/resnets')[0]}")
+    print(
+        f"{side} x {side}: largest tensor {list(big[name].shape)}, {2 * most / 2**30:.1f} GiB in 16"
+        f" bits, in {name.split('/resnets')[0]}"
+    )
 
 # %% [markdown]
 # With tiles the decoder never works on more than the first line says, for any size. A whole *batch* can be decoded
@@ -609,7 +703,10 @@ for anatomy, model, device in ((mini, vae, "cpu"), (FLUX_1_DEV, giant, "meta")):
     decoded = model.decode(model.encode(image).mode())
     assert model.encode(image).mean.shape == anatomy.shapes()["latents"]
     assert decoded.shape == image.shape
-    print(f"{anatomy.name:10} {list(image.shape)} -> moments {list(moments.shape)} -> latents {list(model.encode(image).mean.shape)}")
+    print(
+        f"{anatomy.name:10} {list(image.shape)} -> moments {list(moments.shape)} -> latents"
+        f" {list(model.encode(image).mean.shape)}"
+    )
 
 # %% [markdown]
 # Two wrong shapes. Latents that are still packed, and latents of SD 1.5, which have 4 channels:
@@ -633,7 +730,9 @@ for wrong in (tokens, torch.zeros(1, 4, 16, 16)):
 import diffusers
 
 diffusers.utils.logging.disable_progress_bar()
-reference = diffusers.AutoencoderKL.from_pretrained(flux_lab.data_dir() / "flux-mini" / "vae", dtype=torch.float32)
+reference = diffusers.AutoencoderKL.from_pretrained(
+    flux_lab.data_dir() / "flux-mini" / "vae", dtype=torch.float32
+)
 theirs = reference.encode(x[:4]).latent_dist
 seeded = torch.Generator().manual_seed
 pairs = {
@@ -700,7 +799,10 @@ ways = {
 }
 decoded = vae.decode(torch.cat([each[:1] for each in ways.values()]))
 for name, image in zip(ways, decoded, strict=True):
-    print(f"{name.replace(chr(10), ' '):34} {psnr(x[0], image.clamp(-1, 1)):5.1f} dB, deviation of the pixels {image.std():.2f}")
+    print(
+        f"{name.replace(chr(10), ' '):34} {psnr(x[0], image.clamp(-1, 1)):5.1f} dB, deviation of"
+        f" the pixels {image.std():.2f}"
+    )
 show(
     plots.small_grid({"": processor.postprocess(decoded)}, list(ways), cell=1.4),
     alt="One scene decoded after undoing the scaling in five ways, the first of them right.",
@@ -727,13 +829,17 @@ for hook in hooks:
     hook.remove()
 fit = {s: psnr(moved[:, :, s:, s:], x[:4, :, : 128 - s, : 128 - s]) for s in range(13)}
 best = max(fit, key=fit.get)
-print(f"PSNR in place {fit[0]:.1f} dB; moved by {best} pixels to the right and down it is best: {fit[best]:.1f} dB")
+print(
+    f"PSNR in place {fit[0]:.1f} dB; moved by {best} pixels to the right and down it is best:"
+    f" {fit[best]:.1f} dB"
+)
 
 # %%
 broken = processor.postprocess(moved)
 show(
     plots.small_grid({"rendered": pictures[:4], "padded on the\nother side": broken}, cell=1.1),
-    alt="Four scenes and what comes back when the encoder pads on the left and at the top: the scene is moved to the lower right.",
+    alt="Four scenes and what comes back when the encoder pads on the left and at the top: the"
+    " scene is moved to the lower right.",
 )
 
 # %% [markdown]
@@ -747,7 +853,11 @@ show(
 
 # %% tags=["nbval-check-output"]
 for name, model in ((mini.name, vae), (FLUX_1_DEV.name, giant)):
-    found = [path for path, module in model.named_modules() if isinstance(module, flux_lab.autoencoder.Attention)]
+    found = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, flux_lab.autoencoder.Attention)
+    ]
     print(f"{name:10} {found}")
     assert found == ["encoder.mid_block.attentions.0", "decoder.mid_block.attentions.0"]
 
@@ -759,7 +869,9 @@ for name, model in ((mini.name, vae), (FLUX_1_DEV.name, giant)):
 for name, model in ((mini.name, vae), (FLUX_1_DEV.name, giant)):
     blocks = model.decoder.up_blocks[3].resnets
     widths = [f"{block.conv1.in_channels} -> {block.conv1.out_channels}" for block in blocks]
-    print(f"{name:10} {widths}, shortcut of the first: {list(blocks[0].conv_shortcut.weight.shape)}")
+    print(
+        f"{name:10} {widths}, shortcut of the first: {list(blocks[0].conv_shortcut.weight.shape)}"
+    )
 
 # %% [markdown]
 # **"0.18215 is a magic number."** It is 1 / 5.49, and 5.49 was the standard deviation of the latents of Stable

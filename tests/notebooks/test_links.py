@@ -13,7 +13,11 @@ from notebooks import build
 ROOT = build.NOTEBOOKS.parent
 DOCUMENTS = [
     *sorted(build.NOTEBOOKS.glob("*.ipynb")),
-    *[path for path in (ROOT / "README.md", build.NOTEBOOKS / "README.md", ROOT / "data/flux-mini/README.md") if path.exists()],
+    *[
+        path
+        for path in (ROOT / "README.md", build.NOTEBOOKS / "README.md", ROOT / "data/flux-mini/README.md", "data/sd15-mini/README.md")
+        if path.exists()
+    ],
 ]
 
 

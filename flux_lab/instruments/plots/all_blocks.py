@@ -59,9 +59,11 @@ def block_bars(panels: Mapping[str, Mapping[str, float]]) -> Figure:
         blocks = list(values)
         axes.bar(range(len(blocks)), list(values.values()), 0.75, color=[_color(block) for block in blocks])
         largest = max(values, key=values.get)
-        axes.annotate(
-            largest, (blocks.index(largest), values[largest]), xytext=(4, -4), textcoords="offset points", fontsize=8.5, va="top", color=INK
-        )
+        place = blocks.index(largest)
+        side = "left" if place < len(blocks) / 2 else "right"
+        above = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": 8.5, "color": INK}
+        axes.annotate(largest, (place - 0.4 if side == "left" else place + 0.4, values[largest]), ha=side, **above)
+        axes.set_ylim(top=1.1 * values[largest] or 1)
         axes.set_ylabel(label)
         _label_blocks(axes, blocks)
     return figure

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from flux_lab.instruments.plots.pictures import MARKERS, chart
+from flux_lab.instruments.plots.pictures import MARKERS, chart, legend_above
 from flux_lab.instruments.style import CYCLE, INK
 from flux_lab.latents import unpack_latents
 from flux_lab.shapes import shaped
@@ -30,7 +30,7 @@ def lines(x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str
         axes.plot(x, [float(value) for value in values], color=color, marker=marker, markersize=4, linewidth=1.5, label=name)
     if from_zero:
         axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
+    legend_above(axes)
     return figure
 
 

@@ -10,7 +10,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from flux_lab.config import FLUX_DEV
-from flux_lab.instruments.plots.pictures import MARKERS, chart
+from flux_lab.instruments.plots.pictures import MARKERS, chart, legend_above
 from flux_lab.instruments.style import BLUE, CYCLE, DPI, INK, PALE, PAPER, SIGNED, VERMILLION, WIDTH
 from flux_lab.shapes import shaped
 
@@ -39,17 +39,18 @@ def sinusoids(timesteps: Float[Tensor, "times"], embedding: Float[Tensor, "times
 
 
 def likeness(vectors: Mapping[str, Float[Tensor, "times dim"]], timesteps: Float[Tensor, "times"]) -> Figure:
-    """For each named set of vectors, the cosine of the angle between any two of them: 1 for the same direction."""
+    """For each named set of vectors, the cosine of the angle between any two: from its smallest to 1, the same direction."""
     figure, panels = _panels(len(vectors), height=3.7)
     for axes, (name, rows) in zip(panels, vectors.items(), strict=True):
         unit = rows.double() / rows.double().norm(dim=1, keepdim=True)
-        drawn = axes.imshow(_numbers(unit @ unit.T), cmap=SIGNED, vmin=-1, vmax=1, interpolation="nearest")
+        cosines = _numbers(unit @ unit.T)
+        drawn = axes.imshow(cosines, cmap=STRENGTH, vmin=min(cosines.min(), 0.999), vmax=1, interpolation="nearest")
         axes.set_title(name, fontsize=10, color=INK)
         _label_times(axes, timesteps, "t = 1000 σ", digits=0)
         places, labels = axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()]
         axes.set_xticks(places, labels)
         axes.set_xlabel("t = 1000 σ")
-    figure.colorbar(drawn, ax=panels, label="cosine of the angle", shrink=0.9)
+        figure.colorbar(drawn, ax=axes, label="cosine of the angle", shrink=0.9)
     return figure
 
 
@@ -69,7 +70,7 @@ def lengths(sigmas: Sequence[float] | Tensor, vectors: Mapping[str, Float[Tensor
         style = {"color": CYCLE[place % len(CYCLE)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4, "linewidth": 1.5}
         axes.plot([float(sigma) for sigma in sigmas], _numbers(rows.norm(dim=1)), label=name, **style)
     axes.invert_xaxis()
-    axes.legend(frameon=False)
+    legend_above(axes)
     return figure
 
 

@@ -138,6 +138,11 @@ def chart(height: float, **labels: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def legend_above(axes: Axes) -> None:
+    """The curves' names in a row above the chart, where no curve can run through them."""
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(axes.get_legend_handles_labels()[0]))
+
+
 def sigma_curve(curves: Mapping[str, Sequence[float] | Tensor]) -> Figure:
     """Noise level after every step, one curve for each named schedule. A schedule's last value is the 0 where it ends."""
     figure, axes = chart(3.2, xlabel="steps taken", ylabel="σ, the share of noise (1 = only noise)")
