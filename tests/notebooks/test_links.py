@@ -11,14 +11,8 @@ import pytest
 from notebooks import build
 
 ROOT = build.NOTEBOOKS.parent
-DOCUMENTS = [
-    *sorted(build.NOTEBOOKS.glob("*.ipynb")),
-    *[
-        path
-        for path in (ROOT / "README.md", build.NOTEBOOKS / "README.md", ROOT / "data/flux-mini/README.md", "data/sd15-mini/README.md")
-        if path.exists()
-    ],
-]
+READMES = ("README.md", "notebooks/README.md", "data/flux-mini/README.md", "data/sd15-mini/README.md")
+DOCUMENTS = [*sorted(build.NOTEBOOKS.glob("*.ipynb")), *[ROOT / name for name in READMES if (ROOT / name).exists()]]
 
 
 def text_of(document: Path) -> str:
