@@ -1080,4 +1080,4 @@ def reused_steps(firsts, threshold):
 # 4. bfloat16 and caching change the result; all the rest equals the reference up to rounding. Say which, and by how much.
 # 5. A fast network is proved by comparison with the readable one, not by looking at its pictures.
 #
-# **The end of the course.** The tensor that you pick up now is your own: `[1, 64, 64]`, noise. Give it words.
+# **Next**: the course ends here. The tensor that you pick up now is your own: `[1, 64, 64]`, noise. Give it words.
