@@ -42,7 +42,7 @@ def reconstruct(
     first = next(vae.parameters())
     pictures, latents = [], []
     with shapes.checks(enabled=False):
-        for start in tqdm(range(0, len(images), batch_size), desc="reconstructing", mininterval=2):
+        for start in tqdm(range(0, len(images), batch_size), desc="reconstructing", mininterval=2, delay=2):
             posterior = vae.encode(to_tensor(images[start : start + batch_size]).to(first.device, first.dtype))
             latents.append((posterior.mean.float().cpu() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor)
             decoded = vae.decode(posterior.mode()).float().cpu().clamp(-1, 1)
