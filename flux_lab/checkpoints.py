@@ -81,6 +81,15 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return 1 + max((int(found[1]) for found in (re.match(pattern, name) for name in names) if found), default=-1)
 
 
+class _Uninitialized(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: no numbers are drawn that a file's will replace. The first draw on `meta` takes a second."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
 class Component(NamedTuple):
     """What there is to know about the files of one model.
 
@@ -99,6 +108,11 @@ class Component(NamedTuple):
     renaming: tuple[Renaming, ...] = ()
     original_key: str = ""
     infer: Callable[[dict[str, tuple[int, ...]]], Config] | None = None
+
+    def empty(self, config: Config) -> nn.Module:
+        """The model of this configuration on the `meta` device: every shape is there, no number is."""
+        with torch.device("meta"), _Uninitialized():
+            return self.model(config)
 
 
 # diffusers before 0.13 named the autoencoder's attention so, and checkpoints of that time, SD 1.5's for one, still do.
@@ -259,22 +273,12 @@ def load_component(
     header = _read_header(component, location)
     pieces = _name_pieces(component, header)
     config = config or _read_config(component, location, pieces, header)
-    with torch.device("meta"), _Uninitialized():
-        model = component.model(config)
+    model = component.empty(config)
     names = list(model.state_dict())
     sources = _match(component, location, model, pieces, header)
     tensors = _read_tensors(component, sources, dtype, device)
     model.load_state_dict({name: tensors[component.tied.get(name, name)] for name in names}, strict=True, assign=True)
     return model.eval()
-
-
-class _Uninitialized(TorchFunctionMode):
-    """Inside, torch.nn.init does nothing: no numbers are drawn that the file's are about to replace. Drawing on `meta` takes seconds."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs or {})
 
 
 # ------------------------------------------------------------------------------------------------------------- 1. find the files

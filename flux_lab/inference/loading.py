@@ -89,8 +89,7 @@ def empty_model(folder: str | Path) -> nn.Module:
     component = next((each for each in known if each.model.__name__ in given), None)
     if component is None:
         raise CheckpointError(folder / "config.json", f"one of {[each.model.__name__ for each in known]}", given)
-    with torch.device("meta"):
-        model = component.model(component.config.from_dict(values)).eval().requires_grad_(False)
+    model = component.empty(component.config.from_dict(values)).eval().requires_grad_(False)
     scheme = folder_scheme(folder)
     return quantize(model, scheme) if scheme else model
 

@@ -135,8 +135,7 @@ def load_quantized(folder: str | Path, scheme: str | None = None, device: torch.
     found = stored_scheme(file)
     if found is None or (scheme or found) != found:
         raise CheckpointError(file, f"weights quantized as {scheme or ' or '.join(SCHEMES)}", found or "weights that are not quantized")
-    with torch.device("meta"):
-        model = component.model(component.config.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
+    model = component.empty(component.config.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     quantize(model, found)
     tensors = load_file(file, device=str(device))
     tensors |= {name: tensors[source] for name, source in component.tied.items() if source in tensors}

@@ -104,12 +104,12 @@ class FlowLoss(nn.Module):
 
 
 class FlowBatches:
-    """Latents, noise, times and captions, each drawn anew for every step."""
+    """Latents, noise, times and captions, each drawn anew for every step; with `layouts` also what stands where."""
 
-    def __init__(self, scenes: Path, tokenizers: Path, latents: Path, batch_size: int):
+    def __init__(self, scenes: Path, tokenizers: Path, latents: Path, batch_size: int, layouts: bool = False):
         ids = caption_ids(scenes, tokenizers)
         self.latents = load_file(latents)["latents"]
-        self.layouts = scene_layouts(scenes)
+        self.layouts = scene_layouts(scenes) if layouts else None
         self.clip_ids, self.t5_ids = ids.clip, ids.t5
         self.no_clip = CLIPTokenizer.from_pretrained(tokenizers / "tokenizer")("")
         self.no_t5 = T5Tokenizer.from_pretrained(tokenizers / "tokenizer_2")("")
@@ -132,8 +132,7 @@ class FlowBatches:
             "t": self.shift * t / (1 + (self.shift - 1) * t),
             "clip_ids": torch.where(pooled == 1, self.clip_ids[which, caption].long(), self.no_clip),
             "t5_ids": torch.where(kept == 1, self.t5_ids[which, caption].long(), self.no_t5),
-            "layouts": self.layouts[which],
-        }
+        } | ({} if self.layouts is None else {"layouts": self.layouts[which]})
 
 
 def initialize(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:
@@ -219,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile:
         compile_blocks(transformer)
     encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
-    batches = FlowBatches(options.scenes, options.tokenizers, options.latents, options.batch)
+    batches = FlowBatches(options.scenes, options.tokenizers, options.latents, options.batch, layouts=bool(options.layout))
     train(FlowLoss(transformer, encoders, options.layout), batches, options.out, settings_of(options))
     export(options.out, transformer)
 

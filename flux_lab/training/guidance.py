@@ -59,7 +59,6 @@ class GuidanceBatches(FlowBatches):
 
     def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = super().__call__(step, generator)
-        del batch["layouts"]
         count = self.batch_size
         guidance = 1 + (STRONGEST - 1) * torch.rand(count, generator=generator)
         guidance[torch.arange(count) % 4 == 0] = 1.0
