@@ -9,7 +9,7 @@ from test_transformer import CONFIGS, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_lab.config import FLUX_MINI, TINY
-from flux_lab.inference.fast_transformer import FastFluxTransformer2DModel, attend, fuse, modulated_norm, unit_
+from flux_lab.inference.fast_transformer import FastFluxTransformer2DModel, attend, fuse, gelu_, modulated_norm, unit_
 from flux_lab.transformer import FluxTransformer2DModel
 
 
@@ -108,9 +108,18 @@ def test_unit():
 def test_both_forms_of_the_rotation(monkeypatch):
     qkv, angles = torch.randn(2, 5, 3, 2, 6), torch.randn(5, 1, 1, 3)
     rotation = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    wanted = attend(qkv, rotation)
+    qk, value = qkv[:, :, :2], qkv[:, :, 2]
+    wanted = attend(qk, value, rotation)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(attend(qkv, rotation), wanted)
+    torch.testing.assert_close(attend(qk, value, rotation), wanted)
+
+
+def test_both_forms_of_gelu(monkeypatch):
+    x = torch.linspace(-12, 12, 241).view(1, 241)[:, 1:]
+    wanted = torch.nn.functional.gelu(x, approximate="tanh")
+    torch.testing.assert_close(gelu_(x.clone()), wanted)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(gelu_(x.clone()), wanted)
 
 
 def test_fuse():

@@ -65,29 +65,39 @@ def rms_weights(norm_q: nn.RMSNorm, norm_k: nn.RMSNorm) -> nn.Parameter:
 
 
 def unit_(qk: Tensor, smallest: Tensor) -> Tensor:
-    """Divide every query and key by its length, in place: [batch, sequence, 2, heads, head_dim].
+    """Divide every query and key by its length, in place: [batch, sequence, 2, heads, head_dim], float32.
 
     x / sqrt(mean(x^2) + eps) is sqrt(d) x / sqrt(|x|^2 + d eps). That root is the hypotenuse of |x| and `smallest`, sqrt(d eps); the
     sqrt(d) is in the weights.
     """
-    return qk.div_(torch.hypot(torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32), smallest))
+    return qk.div_(torch.hypot(torch.linalg.vector_norm(qk, dim=-1, keepdim=True), smallest))
 
 
 def rotate(qk: Tensor, rotation: Tensor) -> Tensor:
-    """Turn pairs of channels: qk [batch, sequence, 2, heads, head_dim] by `rotation` [sequence, 1, 1, head_dim / 2, 2], its cos and sin."""
-    pairs = qk.float().unflatten(-1, (-1, 2))
+    """Turn pairs of channels: qk [batch, sequence, 2, heads, head_dim] by `rotation` [sequence, 1, 1, head_dim / 2, 2], its cos and sin.
+
+    Both are float32.
+    """
+    pairs = qk.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # it knows no complex numbers
         (real, imaginary), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
         turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
-    return turned.flatten(-2).to(qk.dtype)
+    return turned.flatten(-2)
 
 
-def attend(qkv: Tensor, rotation: Tensor) -> Tensor:
-    """Rotation and attention product: qkv [batch, sequence, 3, heads, head_dim] to [batch, sequence, heads * head_dim]."""
-    query, key = rotate(qkv[:, :, :2], rotation).transpose(1, 3).unbind(2)
-    return F.scaled_dot_product_attention(query, key, qkv[:, :, 2].transpose(1, 2)).transpose(1, 2).flatten(2)
+def attend(qk: Tensor, value: Tensor, rotation: Tensor) -> Tensor:
+    """Rotation and attention product: qk [batch, sequence, 2, heads, head_dim], float32, to [batch, sequence, heads * head_dim]."""
+    query, key = rotate(qk, rotation).to(value.dtype).transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(query, key, value.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU in its tanh form, in place."""
+    if torch.compiler.is_compiling():  # (1 + tanh(u)) / 2 is sigmoid(2u), and the compiler's exponential is faster than its tanh
+        return x.mul_(torch.sigmoid((8 / torch.pi) ** 0.5 * x * (1 + 0.044715 * x * x)))
+    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def clip_float16_(x: Tensor) -> None:
@@ -106,7 +116,7 @@ class FastStream(nn.Module):
 
     def add_(self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor) -> None:
         x.addcmul_(gate, self.out(attended))
-        x.addcmul_(mlp_gate, self.down(F.gelu(self.up(modulated_norm(x, shift, scale)), approximate="tanh")))
+        x.addcmul_(mlp_gate, self.down(gelu_(self.up(modulated_norm(x, shift, scale)))))
 
 
 class FastBlock(nn.Module):
@@ -136,10 +146,11 @@ class FastTransformerBlock(FastBlock):
         text, image = x[:, :length], x[:, length:]
         projected = [self.text.qkv(modulated_norm(text, *signals[0:2])), self.image.qkv(modulated_norm(image, *signals[6:8]))]
         qkv = torch.cat(projected, dim=1).unflatten(-1, self.split)
-        qk = unit_(qkv[:, :, :2], self.smallest)
+        # In float32 from here to the end of the rotation: a copy where qkv is not.
+        qk = unit_(qkv[:, :, :2].float(), self.smallest)
         qk[:, :length].mul_(self.text.norm)
         qk[:, length:].mul_(self.image.norm)
-        attended = attend(qkv, rotation)
+        attended = attend(qk, qkv[:, :, 2], rotation)
         self.text.add_(text, attended[:, :length], *signals[2:6])
         self.image.add_(image, attended[:, length:], *signals[8:12])
         clip_float16_(text)
@@ -161,10 +172,10 @@ class FastSingleTransformerBlock(FastBlock):
         dim = x.shape[-1]
         hidden = self.qkv_mlp(modulated_norm(x, shift, scale))
         qkv = hidden[..., : 3 * dim].unflatten(-1, self.split)
-        unit_(qkv[:, :, :2], self.smallest).mul_(self.norm)
+        qk = unit_(qkv[:, :, :2].float(), self.smallest).mul_(self.norm)
         # Attention goes where the values were, which lie beside the MLP: so both are side by side without a copy.
-        hidden[..., 2 * dim : 3 * dim] = attend(qkv, rotation)
-        torch.ops.aten.gelu_(hidden[..., 3 * dim :], approximate="tanh")
+        hidden[..., 2 * dim : 3 * dim] = attend(qk, qkv[:, :, 2], rotation)
+        gelu_(hidden[..., 3 * dim :])
         both = hidden.flatten(0, 1)[:, 2 * dim :]
         x.addcmul_(gate, torch.addmm(self.proj_out.bias, both, self.proj_out.weight.T).view_as(x))
         clip_float16_(x)

@@ -30,8 +30,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one run. The rate warms up linearly, stays, and falls linearly to zero over the last `decay` of all steps; so `steps` may
-    be changed when a run is resumed before it has begun to fall. Every other field must stay."""
+    """Of one run. The rate warms up linearly, stays, and falls linearly to zero over the last `decay` of all steps; so `steps` and
+    `decay` may be changed when a run is resumed before it has begun to fall. Every other field must stay."""
 
     steps: int
     batch_size: int
@@ -139,7 +139,7 @@ def _resume(out: Path, settings: Settings, parameters: dict, average: dict, opti
 
 def _check_settings(out: Path, before: dict, now: dict) -> None:
     for name, value in before.items():
-        if name not in ("steps", "save_every") and now[name] != value:
+        if name not in ("steps", "decay", "save_every") and now[name] != value:
             raise ValueError(f"{out}: holds a run with {name}={value}, asked for {now[name]}; use another folder or remove this one")
 
 
