@@ -94,6 +94,15 @@ def test_the_average_is_what_is_loaded(tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in load_trained(tmp_path).items())
 
 
+def test_checkpoints_are_kept(tmp_path):
+    settings = dataclasses.replace(SETTINGS, decay=0.0, keep_every=3)
+    run(tmp_path / "whole", settings=settings)
+    assert sorted(file.name for file in (tmp_path / "whole" / "kept").iterdir()) == ["000003.safetensors", "000006.safetensors"]
+    expected = run(tmp_path / "half", settings=dataclasses.replace(settings, steps=3))
+    found = load_trained(tmp_path / "whole", checkpoint="kept/000003.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_other_settings_are_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(ValueError, match=r"holds a run with batch_size=4, asked for 8"):

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from training_parts import write_parts
 
 from flux_lab import FluxPipeline
+from flux_lab.checkpoints import save_model
 from flux_lab.latents import pack_latents
-from flux_lab.training import behaviour, captions, card, evaluate, export, quality, reader, report, world
+from flux_lab.training import behaviour, captions, card, curve, evaluate, export, quality, reader, report, world
 from flux_lab.training.grow import with_gates
 from flux_lab.training.report import Tally
 
@@ -294,3 +295,33 @@ def test_a_missing_report_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         card.main(["--report", str(tmp_path / "report.json")])
     assert "run python -m flux_lab.training.evaluate first" in capsys.readouterr().err
+
+
+def write_checkpoint(file, transformer, step, batch_size):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"average.transformer.{name}": tensor.clone() for name, tensor in transformer.state_dict().items()}
+    save_file(tensors, file, {"step": str(step), "settings": json.dumps({"batch_size": batch_size})})
+
+
+def test_the_curve_counts_samples_over_runs_and_measures_each_once(evaluated, model, pipe, tmp_path, monkeypatch):
+    for name, steps in {"flow": (2,), "flow2": (1, 3)}.items():
+        save_model(pipe.transformer, tmp_path / name / "transformer")
+        for step in steps:
+            write_checkpoint(tmp_path / name / "kept" / f"{step:06}.safetensors", pipe.transformer, step, 10)
+    write_checkpoint(tmp_path / "flow" / "checkpoint.safetensors", pipe.transformer, 4, 10)
+    write_checkpoint(tmp_path / "flow2" / "checkpoint.safetensors", pipe.transformer, 3, 10)
+    measured = []
+    monkeypatch.setattr(curve, "obedience_of", lambda *args, **kwargs: measured.append(0) or evaluate.obedience_of(*args, **kwargs))
+    runs = ["--runs", str(tmp_path / "flow"), str(tmp_path / "flow2"), "--out", str(evaluated / "runs" / "curve"), "--device", "cpu"]
+    folders = ["--model", str(model), "--reader", str(evaluated / "reader"), "--prompts", "2", "--steps", "1"]
+    curve.main([*runs, *folders])
+    curve.main([*runs, *folders])
+    found = json.loads((evaluated / "runs" / "curve" / "curve.json").read_text())
+    assert [point["samples"] for point in found["points"]] == [20, 40, 50, 70]
+    assert len(measured) == 4
+    with Image.open(evaluated / "runs" / "curve" / "curve.png") as figure:
+        assert figure.format == "PNG"
+    with pytest.raises(SystemExit):
+        curve.main([*runs, *folders, "--true-cfg", "2"])
+    assert "| samples seen | count |" in card.curve_section(evaluated / "runs")
+    assert card.curve_section(tmp_path) == ""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from flux_lab.training.loop import CHECKPOINT
-from flux_lab.training.report import percent, table, to_markdown, write_text
+from flux_lab.training.report import curve_table, percent, table, to_markdown, write_text
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
 
 LAST = 100  # steps over which the final loss is averaged
@@ -157,6 +157,22 @@ def count_parameters(model: Path) -> dict[str, int]:
     return counts
 
 
+def curve_section(runs: Path) -> str:
+    """What more training buys, where it was measured (`curve.py`)."""
+    curve = read_json(runs / "curve" / "curve.json")
+    if not curve:
+        return ""
+    settings = curve["settings"]
+    return f"""
+## Quality against samples seen
+
+The rectified flow before guidance distillation, {settings["prompts"]} held-out prompts, {settings["steps"]} steps, true CFG {settings["true_cfg"]:g}
+(`python -m flux_lab.training.curve`). The learning rate falls towards the end of each run, which by itself raises its last points.
+
+{curve_table(curve)}
+"""
+
+
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -191,7 +207,7 @@ captions in many wordings. One in {held_out} of all combinations (colours, shape
 Computed on {hardware}. The time is the wall clock's, with whatever else the machine did. A loss is that of the stage's own task, at the
 first step and averaged over the last {last}.
 
-{measured}
+{measured}{curve}
 ## Making it again
 
 From nothing, in the repository; every command goes on where it was stopped:
@@ -250,6 +266,7 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
         hardware=trained_on or settings["hardware"],
         last=LAST,
         measured=to_markdown(report),
+        curve=curve_section(runs),
         weakest=weakest,
         weakest_share=percent(obedience[weakest]["share"]),
         commands="\n".join([*scene_commands(runs), *commands, evaluate]),

@@ -166,6 +166,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--muon", type=float, default=3.0, help="Muon's rate for the blocks' matrices, in multiples of --rate; 0: AdamW")
     parser.add_argument("--ema", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep", type=int, default=0, metavar="STEPS", help="keep a checkpoint every so many (a multiple of 100): see curve.py"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks (needs a C++ compiler)")
 
 
@@ -180,6 +183,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         ema=options.ema,
         seed=options.seed,
         save_every=100,
+        keep_every=options.keep,
     )
 
 

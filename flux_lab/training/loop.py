@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from flux_lab import shapes
 from flux_lab.training.optimizer import optimizers_of
 
 CHECKPOINT = "checkpoint.safetensors"
+KEPT = "kept"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Settings:
     max_grad_norm: float = 1.0
     seed: int = 0
     save_every: int = 250
+    keep_every: int = 0  # a multiple of save_every: what is saved then stays, as `kept/STEP.safetensors`; 0: only the last
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -110,6 +113,10 @@ def _save(out: Path, settings: Settings, step: int, parameters: dict, average: d
     temporary = out / (CHECKPOINT + ".part")
     save_file(tensors, temporary, metadata)
     os.replace(temporary, out / CHECKPOINT)
+    if settings.keep_every and step % settings.keep_every == 0:
+        (out / KEPT).mkdir(exist_ok=True)
+        shutil.copyfile(out / CHECKPOINT, temporary)
+        os.replace(temporary, out / KEPT / f"{step:06}.safetensors")
 
 
 def _resume(out: Path, settings: Settings, parameters: dict, average: dict, optimizers: Iterable[Optimizer]) -> int:
@@ -139,7 +146,7 @@ def _resume(out: Path, settings: Settings, parameters: dict, average: dict, opti
 
 def _check_settings(out: Path, before: dict, now: dict) -> None:
     for name, value in before.items():
-        if name not in ("steps", "decay", "save_every") and now[name] != value:
+        if name not in ("steps", "decay", "save_every", "keep_every") and now[name] != value:
             raise ValueError(f"{out}: holds a run with {name}={value}, asked for {now[name]}; use another folder or remove this one")
 
 
@@ -150,14 +157,14 @@ def is_main_process() -> bool:
     return PartialState().is_main_process
 
 
-def load_trained(out: Path, part: str = "") -> dict[str, Tensor]:
-    """The parameters in `out`'s checkpoint: their moving average where the run kept one. Raises FileNotFoundError.
+def load_trained(out: Path, part: str = "", checkpoint: str = CHECKPOINT) -> dict[str, Tensor]:
+    """The parameters in a checkpoint of the run in `out`: their moving average where it kept one. Raises FileNotFoundError.
 
     With `part`, only those of this module of the task, under the names that they have inside it.
     """
-    if not (out / CHECKPOINT).exists():
-        raise FileNotFoundError(f"{out / CHECKPOINT}: not there; run the stage that writes it first")
-    with safe_open(out / CHECKPOINT, "pt") as file:
+    if not (out / checkpoint).exists():
+        raise FileNotFoundError(f"{out / checkpoint}: not there; run the stage that writes it first")
+    with safe_open(out / checkpoint, "pt") as file:
         names = list(file.keys())
         prefix = "average." if any(name.startswith("average.") for name in names) else "model."
         prefix += f"{part}." if part else ""

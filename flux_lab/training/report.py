@@ -129,6 +129,13 @@ def behaviour_section(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def curve_table(curve: dict[str, Any]) -> str:
+    """The shares that are right, a row for each number of samples seen; `curve` as curve.py writes it."""
+    names = list(curve["points"][0]["obedience"])
+    rows = [(f"{point['samples']:,}", *(percent(point["obedience"][name]["share"]) for name in names)) for point in curve["points"]]
+    return table(("samples seen", *names), rows)
+
+
 # A section of the report and how it is written; those that a report does not have are left out.
 SECTIONS = {
     "obedience": ("Obedience", obedience_section),
@@ -141,7 +148,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     return "\n\n".join(f"## {title}\n\n{write(report)}" for name, (title, write) in SECTIONS.items() if name in report) + "\n"
 
 
-def _write_figure(path: Path, figure: Any) -> None:
+def write_figure(path: Path, figure: Any) -> None:
     """Write a matplotlib figure to a temporary name, then rename."""
     part = Path(path).with_suffix(".part")
     figure.savefig(part, format="png", dpi=90)
@@ -170,7 +177,7 @@ def draw_samples(
             axes.set_title(textwrap.fill(prompts[place], 30), fontsize=6, parse_math=False)
             verdict = textwrap.fill("not right: " + ", ".join(wrong), 30) if wrong else "all right"
             axes.set_xlabel(verdict, fontsize=6, color=WRONG if wrong else RIGHT)
-    _write_figure(path, figure)
+    write_figure(path, figure)
 
 
 def draw_block_effects(path: Path, effects: Mapping[str, Sequence[float]], sigmas: Sequence[float]) -> None:
@@ -188,4 +195,4 @@ def draw_block_effects(path: Path, effects: Mapping[str, Sequence[float]], sigma
     axes.set_xticks(range(0, len(effects), 3), list(effects)[::3], rotation=90, fontsize=7)
     axes.set(xlabel="block taken out", ylabel="change of the velocity, relative to its norm", xlim=(-1, len(effects)))
     axes.legend(fontsize=7, ncols=len(sigmas) + 1)
-    _write_figure(path, figure)
+    write_figure(path, figure)
