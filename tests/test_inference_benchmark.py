@@ -95,6 +95,16 @@ def test_the_attention_product_is_counted(inference):
     assert flops == 4 * 5 * 5 * 2 * 8
 
 
+def test_time_in_products():
+    weight, numbers, pictures = torch.randn(600, 600), torch.rand(4_000_000), torch.randn(1, 3, 64, 64)
+    filters = torch.randn(64, 3, 5, 5)
+    assert benchmark.time_in_products(lambda: weight @ weight) > 0.8
+    assert benchmark.time_in_products(lambda: torch.nn.functional.conv2d(pictures, filters)) > 0.5
+    assert benchmark.time_in_products(lambda: torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 2, 512, 64))) > 0.5
+    assert benchmark.time_in_products(numbers.tanh) == 0
+    assert 0.02 < benchmark.time_in_products(lambda: (weight @ weight, numbers.tanh())) < 0.98
+
+
 def test_product_rate(clock, monkeypatch):
     monkeypatch.setattr(benchmark, "seconds_of", lambda call, device: 0.5)
     assert product_rate(10, torch.float32, "cpu") == 4000
@@ -134,7 +144,7 @@ def test_cells_without_numbers_are_empty(case):
     result = next(run_one(case))
     assert cells(result)[:2] == ["product", REFERENCE]
     empty = result.__class__("import", OURS, Spread(0.5, 0.5, 0.5), Spread(0.25, 0.2, 0.3))
-    assert cells(empty) == ["import", OURS, "500.0", "0.25", "0.20 to 0.30", "", "", "", ""]
+    assert cells(empty) == ["import", OURS, "500.0", "0.25", "0.20 to 0.30", "", "", "", "", ""]
 
 
 def run_one(case):

@@ -32,6 +32,8 @@ def test_table(held):
     assert (product["case"], product["rounds"], product["peak memory, fast"]) == ("product", "2", "1.00")
     assert product["fast compiled"] == ""
     assert product["of the product rate, fast"].endswith("%")
+    assert 0 < float(product["its products alone"]) <= float(product["fast"]) + 0.01
+    assert imported["its products alone"] == ""
     assert imported["peak memory, fast"] == imported["of the product rate, fast"] == ""
     first, _, header, marks, *lines = markdown(held).splitlines()
     assert "below 1 is faster" in first

@@ -24,7 +24,7 @@ from flux_lab.latents import pack_latents, prepare_latent_image_ids
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.t5_tokenizer import T5Tokenizer
-from flux_lab.training import clip, flow, grow, guidance, scenes, schnell, t5, texts, tokenizers, vae
+from flux_lab.training import clip, deepen, flow, grow, guidance, scenes, schnell, t5, texts, tokenizers, vae
 from flux_lab.training.loop import Settings
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -82,14 +82,15 @@ def trained(runs):
     grow.main(["--initial", str(runs / "flow" / "transformer"), "--out", str(runs / "grown"), "--layers", "2", "3"])
     students = ["--initial", str(runs / "grown" / "transformer"), "--teacher", str(runs / "flow" / "transformer")]
     guidance.main([*read, "--out", str(runs / "guided"), *few, *students])
-    schnell.main([*read, "--out", str(runs / "schnell"), *few, "--teacher", str(runs / "guided" / "transformer")])
+    deepen.main([*read, "--out", str(runs / "deepened"), *few, *students])
+    schnell.main([*read, "--out", str(runs / "schnell"), *few, *students])
     return runs
 
 
 # ---- what the commands leave -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", ["vae", "t5", "clip", "flow", "guided", "schnell"])
+@pytest.mark.parametrize("stage", ["vae", "t5", "clip", "flow", "guided", "deepened", "schnell"])
 def test_every_stage_logs_finite_losses(trained, stage):
     lines = log_of(trained / stage)
     assert [line["step"] for line in lines] == [0, 1]
@@ -101,14 +102,16 @@ def test_every_stage_writes_what_loads(trained):
     assert autoencoder.config.sample_size == 128
     assert load_clip(trained / "clip" / "text_encoder").config.vocab_size == 1000
     assert load_t5(trained / "t5" / "text_encoder_2").config.vocab_size == 512
-    depths = {name: load_transformer(trained / name / "transformer").config for name in ("flow", "grown", "guided")}
+    depths = {name: load_transformer(trained / name / "transformer").config for name in ("flow", "grown", "guided", "deepened")}
     assert {name: (config.num_layers, config.num_single_layers) for name, config in depths.items()} == {
         "flow": (1, 2),
         "grown": (2, 3),
         "guided": (2, 3),
+        "deepened": (2, 3),
     }
     assert all(config.guidance_embeds for config in depths.values())
-    assert not load_transformer(trained / "schnell" / "transformer").config.guidance_embeds
+    few_steps = load_transformer(trained / "schnell" / "transformer").config
+    assert (few_steps.num_layers, few_steps.num_single_layers, few_steps.guidance_embeds) == (2, 3, False)
 
 
 @pytest.mark.slow
@@ -523,6 +526,26 @@ def test_a_quarter_has_strength_one_and_the_rest_every_strength(runs, numbered):
     assert guidance.STRONGEST - 0.2 < others.max() <= guidance.STRONGEST
     assert torch.equal(batch["no_t5"], numbered.no_t5.expand(400, 32))
     assert torch.equal(batch["no_clip"], numbered.no_clip.expand(400, 77))
+
+
+# ---- the grown transformer ----------------------------------------------------------------------------------------------
+
+
+def test_the_deep_student_is_to_say_what_the_shallow_one_says(shallow):
+    batch, text_encoders = guidance_batch(), encoders()
+    batch = {name: tensor for name, tensor in batch.items() if not name.startswith("no_")}
+    x_t = torch.lerp(batch["latents"], batch["noise"], batch["t"][:, None, None, None])
+    text = text_encoders(batch["clip_ids"], batch["t5_ids"])
+    wanted = flow.predict_velocity(shallow, x_t, batch["t"], text, batch["guidance"])
+    assert deepen.DepthLoss(Recorder(lambda _: wanted), shallow, text_encoders)(**batch)["loss"] < 1e-12
+    results = deepen.DepthLoss(Recorder(lambda _: 1.1 * wanted), shallow, text_encoders)(**batch)
+    assert results["off"] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_deep_student_sees_every_strength(runs, numbered):
+    batch = deepen.DepthBatches(runs / "scenes", runs / "tokenizers", runs / "numbers.safetensors", batch_size=8)(0, generator())
+    assert set(batch) == {"latents", "noise", "t", "clip_ids", "t5_ids", "guidance"}
+    assert batch["guidance"].max() > 1
 
 
 # ---- step distillation --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from flux_lab.inference.benchmark_cases import CASES, COMPILED, QUICK, REFERENCE, Case, Settings
@@ -31,6 +32,8 @@ LEAST_ROUNDS = 3
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
 }
+# What the profiler calls the operations that multiply matrices, and no others inside them.
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", *(str(op).split(".")[-1] for op in ATTENTION))}
 
 
 class Spread(NamedTuple):
@@ -47,8 +50,8 @@ class Result:
 
     `seconds` of one call; `ratio` to the reference's, round by round; `error`, the relative distance from the reference's result;
     `peak_bytes` of the tensors alive during a call, without the weights; `flops` of the products in one call; `share` of the rate of
-    matrix products that this machine was measured to have, counting the reference's FLOPs. None where there is no such number.
-    `rounds`: how often it was timed.
+    matrix products that this machine was measured to have, counting the reference's FLOPs; `in_products`, the share of the time that is
+    spent in matrix products and attention. None where there is no such number. `rounds`: how often it was timed.
     """
 
     case: str
@@ -59,6 +62,7 @@ class Result:
     peak_bytes: int | None = None
     flops: int | None = None
     share: float | None = None
+    in_products: float | None = None
     rounds: int = 1
 
 
@@ -129,10 +133,20 @@ def measure(case: Case, settings: Settings, rate: float) -> list[Result]:
                 peak_bytes=peak,
                 flops=flops,
                 share=work / median / rate if work else None,
+                in_products=time_in_products(case.sides[side]) if flops and settings.device == "cpu" else None,
                 rounds=len(seconds),
             )
         )
     return results
+
+
+def time_in_products(call: Callable[[], Any]) -> float:
+    """The share of a call's time on the CPU that matrix products and attention take, as the profiler sees it: a little too small, as it
+    takes about a microsecond itself for each operation."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    events = seen.key_averages()
+    return sum(event.cpu_time_total for event in events if event.key in PRODUCTS) / sum(event.self_cpu_time_total for event in events)
 
 
 def relative_error(given: Tensor | None, wanted: Tensor | None) -> float | None:
@@ -161,7 +175,7 @@ def run(names: Sequence[str], settings: Settings, rates: dict[torch.dtype, float
 
 # ---- the table and the file ---------------------------------------------------------------------------------------------
 
-HEADER = ("case", "side", "ms", "ratio", "quartiles", "error", "peak MiB", "GFLOP", "of the rate")
+HEADER = ("case", "side", "ms", "ratio", "quartiles", "error", "peak MiB", "GFLOP", "of the rate", "in products")
 
 
 def cells(result: Result) -> list[str]:
@@ -172,6 +186,7 @@ def cells(result: Result) -> list[str]:
         "peak": result.peak_bytes is not None and f"{result.peak_bytes / MEBI:.1f}",
         "flops": result.flops is not None and f"{result.flops / GIGA:.2f}",
         "share": result.share is not None and f"{result.share:.0%}",
+        "in_products": result.in_products is not None and f"{result.in_products:.0%}",
     }
     first = [result.case, result.side, f"{result.seconds.median * 1000:.1f}", f"{ratio.median:.2f}", f"{ratio.low:.2f} to {ratio.high:.2f}"]
     return first + [text or "" for text in optional.values()]

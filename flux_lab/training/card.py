@@ -87,7 +87,16 @@ STAGES = (
         "guidance distillation, {blocks}",
         f"guidance {flow_options('guided')} --initial runs/{{before}}/transformer --teacher runs/{{teacher}}/transformer",
     ),
-    Stage("schnell", "step distillation, {blocks}", f"schnell {flow_options('schnell')} --teacher runs/{{before}}/transformer"),
+    Stage(
+        "deepened",
+        "the grown one learns to say the same, {blocks}",
+        f"deepen {flow_options('deepened')} --initial runs/grown/transformer --teacher runs/distilled/transformer",
+    ),
+    Stage(
+        "schnell",
+        "step distillation, {blocks}",
+        f"schnell {flow_options('schnell')} --initial runs/{{before}}/transformer --teacher runs/distilled/transformer",
+    ),
 )
 
 
@@ -162,11 +171,11 @@ def curve_section(runs: Path) -> str:
     curve = read_json(runs / "curve" / "curve.json")
     if not curve:
         return ""
-    settings = curve["settings"]
+    each = curve["settings"]
     return f"""
 ## Quality against samples seen
 
-The rectified flow before guidance distillation, {settings["prompts"]} held-out prompts, {settings["steps"]} steps, true CFG {settings["true_cfg"]:g}
+The rectified flow before guidance distillation: {each["prompts"]} held-out prompts, {each["steps"]} steps, true CFG {each["true_cfg"]:g}
 (`python -m flux_lab.training.curve`). The learning rate falls towards the end of each run, which by itself raises its last points.
 
 {curve_table(curve)}

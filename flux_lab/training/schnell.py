@@ -1,11 +1,11 @@
-"""Stage 6b: step distillation, for schnell.
+"""Stage 6c: step distillation, for schnell.
 
-    python -m flux_lab.training.schnell --teacher runs/guided/transformer --out runs/schnell --steps 1000
+    python -m flux_lab.training.schnell --initial runs/deepened/transformer --teacher runs/distilled/transformer --out runs/schnell
 
-FLUX.1-schnell draws in four steps and has no guidance embedding. The student begins as the teacher, whose guidance is folded into a
-bias, and learns to do in one Euler step what the teacher does in several (progressive distillation: Salimans & Ho 2022,
-arXiv 2202.00512). It starts every step from where its own steps before have brought it, so it learns to correct its own errors (Ross
-et al. 2011, arXiv 1011.0686). Writes `transformer/` (a diffusers folder).
+FLUX.1-schnell draws in four steps and has no guidance embedding. The student begins as the teacher, or as a deeper transformer that says
+the same, its guidance folded into a bias, and learns to do in one Euler step what the teacher does in several (progressive distillation:
+Salimans & Ho 2022, arXiv 2202.00512). It starts every step from where its own steps before have brought it, so it learns to correct its
+own errors (Ross et al. 2011, arXiv 1011.0686). Writes `transformer/` (a diffusers folder).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from flux_lab.config import FLUX_SCHNELL_SCHEDULER
 from flux_lab.embeddings import get_timestep_embedding
 from flux_lab.latents import pack_latents, prepare_latent_image_ids
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, default_sigmas
-from flux_lab.training.flow import Encoders, FlowBatches, add_options, export, predict_packed_velocity, settings_of
+from flux_lab.training.flow import Encoders, FlowBatches, add_options, compile_blocks, export, predict_packed_velocity, settings_of
 from flux_lab.training.loop import train
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -33,11 +33,11 @@ SUBSTEPS = 4  # of the teacher, for one of the student's
 
 
 @torch.no_grad()
-def without_guidance(teacher: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
+def without_guidance(guided: FluxTransformer2DModel, guidance: float) -> FluxTransformer2DModel:
     """The same function at one guidance scale, without guidance embedding: what that adds becomes part of the time embedding's bias."""
-    student = FluxTransformer2DModel(dataclasses.replace(teacher.config, guidance_embeds=False))
-    weights = {name: tensor for name, tensor in copy.deepcopy(teacher.state_dict()).items() if "guidance_embedder" not in name}
-    strength = teacher.time_text_embed.guidance_embedder(get_timestep_embedding(torch.tensor([1000 * guidance])))
+    student = FluxTransformer2DModel(dataclasses.replace(guided.config, guidance_embeds=False))
+    weights = {name: tensor for name, tensor in copy.deepcopy(guided.state_dict()).items() if "guidance_embedder" not in name}
+    strength = guided.time_text_embed.guidance_embedder(get_timestep_embedding(torch.tensor([1000 * guidance])))
     weights["time_text_embed.timestep_embedder.linear_2.bias"] += strength[0]
     student.load_state_dict(weights)
     return student
@@ -110,14 +110,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/schnell"))
-    parser.add_argument("--teacher", type=Path, default=Path("runs/guided/transformer"))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/distilled/transformer"))
+    parser.add_argument("--initial", type=Path, help="what the student begins as; default: the transformer of --teacher")
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    teacher = load_transformer(options.teacher).float()
-    if not teacher.config.guidance_embeds:
-        parser.error(f"--teacher {options.teacher}: expected a transformer with a guidance embedding")
-    student = without_guidance(teacher, GUIDANCE).requires_grad_(True)
+    teacher, initial = (load_transformer(folder).float() for folder in (options.teacher, options.initial or options.teacher))
+    for name, model in (("teacher", teacher), ("initial", initial)):
+        if not model.config.guidance_embeds:
+            parser.error(f"--{name}: expected a transformer with a guidance embedding")
+    student = without_guidance(initial, GUIDANCE).requires_grad_(True)
+    if options.compile:
+        compile_blocks(student)
     encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
     batches = StepBatches(options.scenes, options.tokenizers, options.latents, options.batch)
     train(StepLoss(student, teacher, encoders), batches, options.out, settings_of(options))
