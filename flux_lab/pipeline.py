@@ -322,9 +322,17 @@ class FluxPipeline:
         )
 
 
-def load_mini() -> FluxPipeline:
-    """The bundled miniature: FLUX.1-dev's anatomy, 1/32 of its width, trained on pictures of a table top. Needs no network."""
-    return FluxPipeline.from_pretrained(data_dir() / "flux-mini")
+MINIATURES = {"dev": "flux-mini", "schnell": "flux-mini-schnell"}
+
+
+def load_mini(kind: str = "dev") -> FluxPipeline:
+    """The bundled miniature: FLUX.1-dev's anatomy, 1/32 of its width, trained on pictures of a table top. Needs no network.
+
+    `kind` "schnell" is its sister for four steps, without guidance. Raises ValueError for another one.
+    """
+    if kind not in MINIATURES:
+        raise ValueError(f"kind: expected one of {list(MINIATURES)}, got {kind!r}")
+    return FluxPipeline.from_pretrained(data_dir() / MINIATURES[kind])
 
 
 def _check_scales(guidance_scale: float, true_cfg_scale: float) -> None:

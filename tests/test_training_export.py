@@ -1,6 +1,7 @@
 """The exported folder: both our pipeline and diffusers' load it and draw the same picture, and misfits are refused."""
 
 import dataclasses
+import shutil
 import subprocess
 
 import numpy as np
@@ -45,11 +46,33 @@ def test_the_checksums_are_those_of_sha256sum(exported):
 
 
 @pytest.fixture(scope="module")
-def exported_schnell(parts, tmp_path_factory):
+def exported_schnell(parts, exported, tmp_path_factory):
     folder = tmp_path_factory.mktemp("schnell")
     save_model(schnell.without_guidance(load_transformer(parts["transformer"]), schnell.GUIDANCE), folder / "transformer")
-    export.export(**parts | {"transformer": folder / "transformer"}, out=folder / "mini")
+    for _ in range(2):  # the second time over the first one's links
+        export.export(**parts | {"transformer": folder / "transformer"}, out=folder / "mini", share=exported)
     return folder / "mini"
+
+
+def test_what_is_the_same_is_there_once(exported_schnell, exported):
+    links = {path.name: path.resolve() for path in exported_schnell.iterdir() if path.is_symlink()}
+    assert links == {name: (exported / name).resolve() for name in FOLDERS if name not in ("scheduler", "transformer")}
+    assert not any(path.is_symlink() for path in exported.iterdir())
+
+
+def test_a_link_is_not_written_through(exported_schnell, exported, parts, tmp_path):
+    vae = randomize_(load_autoencoder(parts["vae"]))
+    save_model(vae, tmp_path / "vae")
+    before = (exported / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    again = tmp_path / "mini"
+    shutil.copytree(exported_schnell, again, symlinks=True)
+    for link in [path for path in again.iterdir() if path.is_symlink()]:
+        link.unlink()
+        link.symlink_to(exported / link.name, target_is_directory=True)
+    export.export(**parts | {"vae": tmp_path / "vae"}, out=again, share=exported)
+    assert (exported / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert not (again / "vae").is_symlink()
+    assert (again / "text_encoder").is_symlink()
 
 
 @pytest.mark.parametrize(("folder", "shifts"), [("exported", True), ("exported_schnell", False)])

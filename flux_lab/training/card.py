@@ -110,7 +110,7 @@ def stage_rows(runs: Path, few_steps: bool) -> tuple[list[tuple[str, ...]], list
     `few_steps`: of schnell, whose last stage dev does not have.
     """
     rows, commands, before, teacher = [], [], "", ""
-    out = " --out data/flux-mini-schnell" if few_steps else ""
+    out = " --out data/flux-mini-schnell --share data/flux-mini" if few_steps else ""
     for stage in STAGES:
         folder, config = runs / stage.folder, read_json(runs / stage.folder / "transformer" / "config.json")
         run = read_run(folder)

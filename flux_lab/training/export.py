@@ -10,8 +10,11 @@ folder is loaded and drawn from; SHA256SUMS says what its weights should be.
 """
 
 import argparse
+import filecmp
 import hashlib
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +43,12 @@ def export(
     out: Path,
     dtype: torch.dtype = torch.bfloat16,
     vae_dtype: torch.dtype = torch.float16,
+    share: Path | None = None,
 ) -> FluxPipeline:
     """Write the checkpoint `out` from the folders of its parts, and return the pipeline that was loaded from it.
 
-    Raises CheckpointError for a part that cannot be read, ValueError for parts that do not fit together or lose their numbers.
+    Parts that the checkpoint `share` holds as well become links to that one's. Raises CheckpointError for a part that cannot be read,
+    ValueError for parts that do not fit together or lose their numbers.
     """
     models = {
         "transformer": load_transformer(transformer, dtype),
@@ -55,12 +60,32 @@ def export(
     check_finite(models)
     copied = {name: Path(tokenizers) / name for name in ("tokenizer", "tokenizer_2")}
     # As upstream: dev, which has a guidance embedding, shifts its noise levels with the picture's size; schnell does not.
+    unlink_parts(out)
     schedule = FLUX_DEV_SCHEDULER if models["transformer"].config.guidance_embeds else FLUX_SCHNELL_SCHEDULER
     write_pipeline(out, models=models, scheduler=FlowMatchEulerDiscreteScheduler(schedule), tokenizers=copied)
     pipe = FluxPipeline.from_pretrained(out)
     check_picture(pipe)
     write_checksums(out)
+    if share:
+        share_parts(out, share)
     return pipe
+
+
+def unlink_parts(folder: Path) -> None:
+    """Remove links among a checkpoint's parts: what is written next must not go where they lead."""
+    for part in Path(folder).glob("*/"):
+        if part.is_symlink():
+            part.unlink()
+
+
+def share_parts(folder: Path, other: Path) -> None:
+    """Replace every part of `folder` that `other` holds with the same files by a relative link."""
+    for part in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
+        twin, names = Path(other) / part.name, sorted(file.name for file in part.iterdir())
+        same_names = twin.is_dir() and names == sorted(file.name for file in twin.iterdir())
+        if same_names and filecmp.cmpfiles(part, twin, names, shallow=False)[0] == names:
+            shutil.rmtree(part)
+            part.symlink_to(os.path.relpath(twin, folder), target_is_directory=True)
 
 
 def write_checksums(folder: Path) -> None:
@@ -117,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/flux-mini"), help="folder to write")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the transformer")
     parser.add_argument("--vae-dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--share", type=Path, help="a checkpoint folder to whose parts links are made where they are the same")
     options = vars(parser.parse_args(arguments))
     options |= {name: DTYPES[options[name]] for name in ("dtype", "vae_dtype")}
     try:
