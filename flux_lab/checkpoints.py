@@ -90,6 +90,13 @@ class _Uninitialized(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+@contextlib.contextmanager
+def empty_weights() -> Iterator[None]:
+    """Inside, models are made on the `meta` device: every shape is there, no number is."""
+    with torch.device("meta"), _Uninitialized():
+        yield
+
+
 class Component(NamedTuple):
     """What there is to know about the files of one model.
 
@@ -110,8 +117,8 @@ class Component(NamedTuple):
     infer: Callable[[dict[str, tuple[int, ...]]], Config] | None = None
 
     def empty(self, config: Config) -> nn.Module:
-        """The model of this configuration on the `meta` device: every shape is there, no number is."""
-        with torch.device("meta"), _Uninitialized():
+        """The model of this configuration, with `empty_weights`."""
+        with empty_weights():
             return self.model(config)
 
 

@@ -5,7 +5,7 @@ import torch
 from test_pipeline import KINDS, write_random
 
 from flux_lab.__main__ import main
-from flux_lab.inference import stages
+from flux_lab.inference import memory, stages
 from flux_lab.inference.live_bytes import LiveBytes
 from flux_lab.inference.memory import BudgetError, plan
 from flux_lab.inference.quantization import SCHEMES, quantize_checkpoint
@@ -47,6 +47,14 @@ def test_planned_peak_is_the_measured_one(folder, scheme, hoisted):
         assert planned == pytest.approx(measured, rel=0.1), name
 
 
+@pytest.fixture
+def planned_anew():
+    """What was planned before is forgotten, and so is what is planned here."""
+    memory._stages.cache_clear()
+    yield
+    memory._stages.cache_clear()
+
+
 def activations_forgotten(monkeypatch):
     monkeypatch.setattr(stages, "_activations", lambda run, *models: 0)
 
@@ -62,7 +70,7 @@ def scales_forgotten(monkeypatch):
 
 
 @pytest.mark.parametrize(("bug", "scheme"), [(activations_forgotten, None), (one_block_of_each_kind, None), (scales_forgotten, "nf4")])
-def test_planted_bugs_are_noticed(folder, bug, scheme, monkeypatch):
+def test_planted_bugs_are_noticed(folder, bug, scheme, monkeypatch, planned_anew):
     bug(monkeypatch)
     staged = load_staged(folder, quantize=scheme, dtype=torch.float32, hoisted=False)
     staged.set_progress_bar_config(disable=True)

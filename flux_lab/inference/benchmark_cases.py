@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flux_lab import data_dir
 from flux_lab.autoencoder import AutoencoderKL
-from flux_lab.checkpoints import load_transformer
+from flux_lab.checkpoints import empty_weights, load_transformer
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import FLUX_CLIP, FLUX_DEV, FLUX_T5, FLUX_VAE, AutoencoderKLConfig, CLIPTextConfig, FluxTransformer2DConfig, T5Config
 from flux_lab.inference.fast import fast
@@ -168,7 +168,7 @@ def transformer_case(
     """One pass. The fast path's is one step of its loop: what it does before the loop is done before."""
     from diffusers import FluxTransformer2DModel as Reference
 
-    with torch.device("meta"):
+    with empty_weights():
         reference = Reference.from_config(ours.config.to_dict())
     reference, dtype, config = same_weights(reference, ours), next(ours.parameters()).dtype, ours.config
     draw, device = torch.Generator().manual_seed(0), settings.device

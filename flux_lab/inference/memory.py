@@ -5,9 +5,12 @@ right shapes, while `LiveBytes` counts. Only one thing is put in by hand, that a
 """
 
 import dataclasses
+from functools import lru_cache
+from typing import Any
 
 import torch
 
+from flux_lab.checkpoints import empty_weights
 from flux_lab.config import AutoencoderKLConfig
 from flux_lab.inference.budget import device_memory, gb, parse_bytes
 from flux_lab.inference.parts import MODELS, Parts
@@ -104,9 +107,14 @@ def plan(
     dtype = dtype or (torch.float32 if bits == 32 else torch.bfloat16)
     settings = {"height": height, "width": width, "batch": batch, "bits": bits, "steps": steps, "hoisted": hoisted, "stream": stream}
     settings |= {"negative": negative, "length": parts.length, "dtype": dtype}
-    with torch.device("meta"):
-        stages = encode(parts, settings), denoise(parts, settings), decode(parts, settings)
-    return Plan(parts, settings, stages)
+    return Plan(parts, settings, _stages(parts, tuple(settings.items())))
+
+
+@lru_cache(maxsize=64)
+def _stages(parts: Parts, settings: tuple[tuple[str, Any], ...]) -> tuple[Stage, Stage, Stage]:
+    """The same parts and settings are asked for again and again: by a pipeline's stages, and by whoever looks for what would fit."""
+    with empty_weights():
+        return encode(parts, dict(settings)), denoise(parts, dict(settings)), decode(parts, dict(settings))
 
 
 def _parts(model: str | Parts) -> Parts:

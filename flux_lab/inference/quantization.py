@@ -19,7 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from flux_lab.autoencoder import AutoencoderKL
-from flux_lab.checkpoints import COMPONENTS, CheckpointError, Component, load_t5, load_transformer, local_folder, read_model_index
+from flux_lab.checkpoints import (
+    COMPONENTS,
+    CheckpointError,
+    Component,
+    empty_weights,
+    load_t5,
+    load_transformer,
+    local_folder,
+    read_model_index,
+)
 from flux_lab.clip import CLIPTextModel
 from flux_lab.inference.budget import check_device
 from flux_lab.inference.int8 import Linear8bit
@@ -85,7 +94,7 @@ def _maker(scheme: str, backend: str) -> Callable[[nn.Linear], nn.Module]:
 
 def _alias(linear: nn.Linear) -> nn.Linear:
     """A layer of its own with the same tensors: when it moves to a device, the model's does not."""
-    with torch.device("meta"):
+    with empty_weights():
         alias = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     alias.load_state_dict(linear.state_dict(), assign=True)
     return alias

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flux_lab.checkpoints import TRANSFORMER
+from flux_lab.checkpoints import TRANSFORMER, empty_weights
 from flux_lab.config import FluxTransformer2DConfig
 from flux_lab.inference.int8 import LARGEST, Linear8bit
 from flux_lab.inference.loading import tensors_of
@@ -47,7 +47,7 @@ def write_random(folder: Path, config: FluxTransformer2DConfig, scheme: str | No
 
 def on_meta(config: FluxTransformer2DConfig, scheme: str | None) -> nn.Module:
     """The transformer in bf16, or quantized, without numbers."""
-    with torch.device("meta"):
+    with empty_weights():
         model = FluxTransformer2DModel(config).to(torch.bfloat16)
     return quantize(model, scheme) if scheme else model
 

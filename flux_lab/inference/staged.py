@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flux_lab.autoencoder import AutoencoderKL
-from flux_lab.checkpoints import CheckpointError, load_autoencoder, load_clip, load_scheduler, local_folder, read_model_index
+from flux_lab.checkpoints import CheckpointError, empty_weights, load_autoencoder, load_clip, load_scheduler, local_folder, read_model_index
 from flux_lab.clip_tokenizer import CLIPTokenizer
 from flux_lab.inference.budget import check_device, parse_bytes
 from flux_lab.inference.hoisting import Conditioning, rehearse
@@ -174,7 +174,7 @@ class StagedPipeline:
 
     def _pipeline(self) -> FluxPipeline:
         """A pipeline without weights: its loop, its scheduler, and the sizes of its models."""
-        with torch.device("meta"):
+        with empty_weights():
             vae = AutoencoderKL(self.parts.vae)
         pipe = FluxPipeline(
             transformer=_Sizes(self.parts.transformer),

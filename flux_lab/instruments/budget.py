@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from flux_lab.autoencoder import AutoencoderKL
+from flux_lab.checkpoints import empty_weights
 from flux_lab.clip import CLIPTextModel
 from flux_lab.instruments.anatomy import FLUX_1_DEV, MINIATURE, Anatomy
 from flux_lab.instruments.table import Table
@@ -25,7 +25,7 @@ def on_meta(part: str, anatomy: Anatomy) -> nn.Module:
     """One part of a pipeline as an empty model: every shape is there, no number is. Raises ValueError for an unknown part."""
     if part not in MODELS:
         raise ValueError(f"part: expected one of {list(MODELS)}, got {part!r}")
-    with torch.device("meta"):
+    with empty_weights():
         return MODELS[part](getattr(anatomy, part)).eval().requires_grad_(False)
 
 
