@@ -262,14 +262,17 @@ def test_the_card_says_how_it_was_made(evaluated):
         "python -m flux_lab.training.vae --steps 3 --batch 4 --rate 0.001",
         "python -m flux_lab.training.export --transformer runs/guided/transformer",
         "## Limits",
+        "it has never seen; below each, what is not right](samples.png)",
+        "when a block is taken out](blocks.png)",
     ):
         assert line in text
+    assert (evaluated / "samples.png").read_bytes() == (evaluated / "out" / "samples.png").read_bytes()
     assert str(evaluated) not in text
     assert "{" not in text
 
 
 def test_the_card_can_be_written_again(evaluated, model):
-    folders = ["--model", str(model), "--runs", str(evaluated / "runs"), "--report", str(evaluated / "out" / "report.json")]
+    folders = ["--model", str(model), "--runs", str(evaluated / "runs"), "--evaluation", str(evaluated / "out")]
     before = (evaluated / "README.md").read_text()
     card.main([*folders, "--out", str(evaluated / "README.md"), "--trained-on", "two cores"])
     assert (evaluated / "README.md").read_text() == before
@@ -293,7 +296,7 @@ def test_bad_arguments_are_named(option, value, capsys):
 
 def test_a_missing_report_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        card.main(["--report", str(tmp_path / "report.json")])
+        card.main(["--evaluation", str(tmp_path)])
     assert "run python -m flux_lab.training.evaluate first" in capsys.readouterr().err
 
 
@@ -306,6 +309,8 @@ def write_checkpoint(file, transformer, step, batch_size):
 def test_the_curve_counts_samples_over_runs_and_measures_each_once(evaluated, model, pipe, tmp_path, monkeypatch):
     for name, steps in {"flow": (2,), "flow2": (1, 3)}.items():
         save_model(pipe.transformer, tmp_path / name / "transformer")
+        first = {"step": 0, "loss": 1.0} | ({"layout_loss": 1.0} if name == "flow2" else {})
+        (tmp_path / name / "log.jsonl").write_text(json.dumps(first) + "\n")
         for step in steps:
             write_checkpoint(tmp_path / name / "kept" / f"{step:06}.safetensors", pipe.transformer, step, 10)
     write_checkpoint(tmp_path / "flow" / "checkpoint.safetensors", pipe.transformer, 4, 10)
@@ -317,11 +322,11 @@ def test_the_curve_counts_samples_over_runs_and_measures_each_once(evaluated, mo
     curve.main([*runs, *folders])
     curve.main([*runs, *folders])
     found = json.loads((evaluated / "runs" / "curve" / "curve.json").read_text())
-    assert [point["samples"] for point in found["points"]] == [20, 40, 50, 70]
+    assert [(point["samples"], point["layout"]) for point in found["points"]] == [(20, False), (40, False), (50, True), (70, True)]
     assert len(measured) == 4
     with Image.open(evaluated / "runs" / "curve" / "curve.png") as figure:
         assert figure.format == "PNG"
     with pytest.raises(SystemExit):
         curve.main([*runs, *folders, "--true-cfg", "2"])
-    assert "| samples seen | count |" in card.curve_section(evaluated / "runs")
+    assert "| samples seen | layout asked | count |" in card.curve_section(evaluated / "runs")
     assert card.curve_section(tmp_path) == ""

@@ -1,12 +1,15 @@
 """The model card: what the miniature is, what it was trained on and for how long, its numbers, how to make it again, its limits.
 
-python -m flux_lab.training.card --model data/flux-mini --report runs/evaluation/report.json --runs runs --out data/flux-mini/README.md
+python -m flux_lab.training.card --model data/flux-mini --evaluation runs/evaluation --runs runs --out data/flux-mini/README.md
 """
 
 import argparse
 import itertools
 import json
 import math
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +19,12 @@ from flux_lab.training.loop import CHECKPOINT
 from flux_lab.training.report import curve_table, percent, table, to_markdown, write_text
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
 
+# Figures that stand beside the card, and what they show.
+FIGURES = {
+    "samples.png": "pictures of prompts it has never seen; below each, what is not right",
+    "blocks.png": "how much the velocity changes when a block is taken out",
+    "curve.png": "share of stated attributes that are right, against samples seen in training",
+}
 LAST = 100  # steps over which the final loss is averaged
 
 
@@ -176,7 +185,8 @@ def curve_section(runs: Path) -> str:
 ## Quality against samples seen
 
 The rectified flow before guidance distillation: {each["prompts"]} held-out prompts, {each["steps"]} steps, true CFG {each["true_cfg"]:g}
-(`python -m flux_lab.training.curve`). The learning rate falls towards the end of each run, which by itself raises its last points.
+(`python -m flux_lab.training.curve`). *Layout asked*: beside the velocity, training asked what stands where (`layout.py`). The learning
+rate falls towards the end of each run, which by itself raises its last points.
 
 {curve_table(curve)}
 """
@@ -216,7 +226,7 @@ captions in many wordings. One in {held_out} of all combinations (colours, shape
 Computed on {hardware}. The time is the wall clock's, with whatever else the machine did. A loss is that of the stage's own task, at the
 first step and averaged over the last {last}.
 
-{measured}{curve}
+{measured}{curve}{figures}
 ## Making it again
 
 From nothing, in the repository; every command goes on where it was stopped:
@@ -234,8 +244,20 @@ From nothing, in the repository; every command goes on where it was stopped:
 """
 
 
-def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trained_on: str | None = None) -> None:
-    """Write the card of the checkpoint `model` from its evaluation and the logs of `runs`; `trained_on` describes the machine."""
+def copy_figures(folders: Sequence[Path], out: Path) -> str:
+    """Put the figures that there are beside the card, and say so in Markdown."""
+    lines = []
+    for name, shows in FIGURES.items():
+        for file in [folder / name for folder in folders if (folder / name).exists()]:
+            shutil.copyfile(file, out / f"{name}.part")
+            os.replace(out / f"{name}.part", out / name)
+            lines.append(f"\n![{shows}]({name})\n")
+    return "".join(lines)
+
+
+def write_card(path: Path, model: Path, evaluation: Path, runs: Path, trained_on: str | None = None) -> None:
+    """Write the card of the checkpoint `model` from the folder of its evaluation and the logs of `runs`; `trained_on`: the machine."""
+    report = read_json(evaluation / "report.json")
     transformer, vae, tokenizer_2 = (
         read_json(model / name) for name in ("transformer/config.json", "vae/config.json", "tokenizer_2/tokenizer_config.json")
     )
@@ -276,6 +298,7 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
         last=LAST,
         measured=to_markdown(report),
         curve=curve_section(runs),
+        figures=copy_figures([evaluation, runs / "curve"], path.parent),
         weakest=weakest,
         weakest_share=percent(obedience[weakest]["share"]),
         commands="\n".join([*scene_commands(runs), *commands, evaluate]),
@@ -286,14 +309,14 @@ def write_card(path: Path, model: Path, report: dict[str, Any], runs: Path, trai
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flux_lab.training.card", description="Write the model card.")
     parser.add_argument("--model", type=Path, default=Path("data/flux-mini"), help="the checkpoint folder")
-    parser.add_argument("--report", type=Path, default=Path("runs/evaluation/report.json"))
+    parser.add_argument("--evaluation", type=Path, default=Path("runs/evaluation"), help="the folder that evaluate wrote")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the training runs")
     parser.add_argument("--out", type=Path, default=Path("data/flux-mini/README.md"), help="file to write")
     parser.add_argument("--trained-on", help="the machine, in words; default: the one of the evaluation")
     options = parser.parse_args(arguments)
-    if not options.report.exists():
-        parser.error(f"--report {options.report}: not there; run python -m flux_lab.training.evaluate first")
-    write_card(options.out, options.model, read_json(options.report), options.runs, options.trained_on)
+    if not (options.evaluation / "report.json").exists():
+        parser.error(f"--evaluation {options.evaluation}: no report.json in it; run python -m flux_lab.training.evaluate first")
+    write_card(options.out, options.model, options.evaluation, options.runs, options.trained_on)
 
 
 if __name__ == "__main__":

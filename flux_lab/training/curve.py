@@ -43,6 +43,12 @@ def samples(checkpoint: Path) -> int:
     return int(metadata["step"]) * json.loads(metadata["settings"])["batch_size"]
 
 
+def has_layout(run: Path) -> bool:
+    """Whether the run was asked, beside the velocity, what stands where (layout.py)."""
+    with (run / "log.jsonl").open() as log:
+        return "layout_loss" in json.loads(log.readline())
+
+
 def read_curve(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"points": []}
 
@@ -92,9 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
         pipe.transformer = load_transformer(run / "transformer", device=options.device)
         pipe.transformer.load_state_dict(load_trained(run, "transformer", name))
         obedience = obedience_of(pipe, reader, stated, **drawing)
-        curve["points"] = sorted(
-            [*curve["points"], {"samples": seen, "obedience": as_dicts(obedience.table)}], key=lambda each: each["samples"]
-        )
+        point = {"samples": seen, "layout": has_layout(run), "obedience": as_dicts(obedience.table)}
+        curve["points"] = sorted([*curve["points"], point], key=lambda each: each["samples"])
         write_json(options.out / "curve.json", curve)
         draw_curve(options.out / "curve.png", curve)
     print(curve_table(curve))

@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         draw_block_effects(options.out / "blocks.png", report["behaviour"]["blocks"], behaviour.SIGMAS)
     print(to_markdown(report))
     if options.card:
-        write_card(options.card, options.model, report, options.runs, options.trained_on)
+        write_card(options.card, options.model, options.out, options.runs, options.trained_on)
 
 
 if __name__ == "__main__":

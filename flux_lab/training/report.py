@@ -132,8 +132,11 @@ def behaviour_section(report: dict[str, Any]) -> str:
 def curve_table(curve: dict[str, Any]) -> str:
     """The shares that are right, a row for each number of samples seen; `curve` as curve.py writes it."""
     names = list(curve["points"][0]["obedience"])
-    rows = [(f"{point['samples']:,}", *(percent(point["obedience"][name]["share"]) for name in names)) for point in curve["points"]]
-    return table(("samples seen", *names), rows)
+    rows = [
+        (f"{point['samples']:,}", "yes" if point["layout"] else "no", *(percent(point["obedience"][name]["share"]) for name in names))
+        for point in curve["points"]
+    ]
+    return table(("samples seen", "layout asked", *names), rows)
 
 
 # A section of the report and how it is written; those that a report does not have are left out.
