@@ -99,12 +99,12 @@ STAGES = (
     Stage(
         "deepened",
         "the grown one learns to say the same, {blocks}",
-        f"deepen {flow_options('deepened')} --initial runs/grown/transformer --teacher runs/distilled/transformer",
+        f"deepen {flow_options('deepened')} --initial runs/grown/transformer --teacher runs/{{teacher}}/transformer",
     ),
     Stage(
         "schnell",
         "step distillation, {blocks}",
-        f"schnell {flow_options('schnell')} --initial runs/{{before}}/transformer --teacher runs/distilled/transformer",
+        f"schnell {flow_options('schnell')} --initial runs/{{before}}/transformer --teacher runs/{{teacher}}/transformer",
     ),
 )
 

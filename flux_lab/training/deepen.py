@@ -1,10 +1,11 @@
 """Stage 6b: the grown transformer learns to say what the shallow one says.
 
-    python -m flux_lab.training.deepen --initial runs/grown/transformer --teacher runs/distilled/transformer --out runs/deepened
+    python -m flux_lab.training.deepen --initial runs/grown/transformer --teacher runs/flow/transformer --out runs/deepened
 
-`grow` leaves the deep transformer near the shallow one's function, but not at it. The target here is the shallow one's own velocity, at
-every guidance strength. It has none of the randomness of noise - x0, which a picture's velocity has, so few steps and small batches
-bring the two together (Hinton et al. 2015, arXiv 1503.02531). Writes `transformer/` (a diffusers folder).
+`grow` leaves the deep transformer near the shallow one's function, but not at it. The target here is the shallow one's own velocity,
+with true classifier-free guidance at every strength, so guidance is distilled on the way. It has none of the randomness of noise - x0,
+which a picture's velocity has, so few steps and small batches bring the two together (Hinton et al. 2015, arXiv 1503.02531). Writes
+`transformer/` (a diffusers folder).
 """
 
 import argparse
@@ -15,35 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_lab.checkpoints import load_clip, load_t5, load_transformer
-from flux_lab.training.flow import Encoders, add_options, compile_blocks, export, predict_velocity, settings_of
-from flux_lab.training.guidance import GuidanceBatches
+from flux_lab.latents import pack_latents
+from flux_lab.training.flow import Encoders, add_options, compile_blocks, export, image_ids, predict_velocity, settings_of
+from flux_lab.training.guidance import GuidanceBatches, two_passes
 from flux_lab.training.loop import train
 from flux_lab.transformer import FluxTransformer2DModel
 
 
 class DepthLoss(nn.Module):
-    """The student's velocity against the teacher's, for the same picture, text and guidance strength. `off`: relative to its norm."""
+    """The student's velocity against the teacher's guided one, for the same picture and text. `off`: relative to its norm."""
 
     def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
         super().__init__()
         self.transformer, self.encoders = transformer, encoders
         self.teacher = teacher.eval().requires_grad_(False)
 
-    def forward(self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, guidance: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, no_clip: Tensor, no_t5: Tensor, guidance: Tensor
+    ) -> dict[str, Tensor]:
         x_t = torch.lerp(latents, noise, t[:, None, None, None])
-        text = self.encoders(clip_ids, t5_ids)
-        with torch.no_grad():
-            target = predict_velocity(self.teacher, x_t, t, text, guidance)
+        text, without = self.encoders(clip_ids, t5_ids), self.encoders(no_clip, no_t5)
+        conditional, unconditional = two_passes(self.teacher, pack_latents(x_t), t, text, without, image_ids(x_t))
+        target = torch.lerp(unconditional, conditional, guidance[:, None, None])
         loss = F.mse_loss(predict_velocity(self.transformer, x_t, t, text, guidance), target)
         return {"loss": loss, "off": (loss / target.square().mean()).sqrt()}
-
-
-class DepthBatches(GuidanceBatches):
-    """Batches of the guidance stage, without the empty caption."""
-
-    def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = super().__call__(step, generator)
-        return {name: tensor for name, tensor in batch.items() if name not in ("no_clip", "no_t5")}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/deepened"))
     parser.add_argument("--initial", type=Path, default=Path("runs/grown/transformer"))
-    parser.add_argument("--teacher", type=Path, default=Path("runs/distilled/transformer"))
+    parser.add_argument("--teacher", type=Path, default=Path("runs/flow/transformer"))
     parser.add_argument("--rate", type=float, default=1e-3)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
@@ -60,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile:
         compile_blocks(student)
     encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
-    batches = DepthBatches(options.scenes, options.tokenizers, options.latents, options.batch)
+    batches = GuidanceBatches(options.scenes, options.tokenizers, options.latents, options.batch)
     train(DepthLoss(student, teacher, encoders), batches, options.out, settings_of(options))
     export(options.out, student)
 

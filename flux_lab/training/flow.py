@@ -58,8 +58,12 @@ def predict_velocity(
     guidance: Float[Tensor, "batch"],
 ) -> Float[Tensor, "batch tokens patch_channels"]:
     """One call of the transformer on unpacked latents."""
-    img_ids = prepare_latent_image_ids(x_t.shape[2] // PATCH, x_t.shape[3] // PATCH, device=x_t.device)
-    return predict_packed_velocity(transformer, pack_latents(x_t), t, text, img_ids, guidance)
+    return predict_packed_velocity(transformer, pack_latents(x_t), t, text, image_ids(x_t), guidance)
+
+
+def image_ids(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "tokens axes"]:
+    """The ids of the tokens that unpacked latents become."""
+    return prepare_latent_image_ids(latents.shape[2] // PATCH, latents.shape[3] // PATCH, device=latents.device)
 
 
 def predict_packed_velocity(

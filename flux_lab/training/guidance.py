@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from flux_lab.checkpoints import load_clip, load_t5, load_transformer
 from flux_lab.latents import pack_latents
-from flux_lab.training.flow import Encoders, FlowBatches, add_options, compile_blocks, export, predict_velocity, settings_of
+from flux_lab.training.flow import (
+    Encoders,
+    FlowBatches,
+    add_options,
+    compile_blocks,
+    export,
+    image_ids,
+    predict_packed_velocity,
+    predict_velocity,
+    settings_of,
+)
 from flux_lab.training.loop import train
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -41,17 +51,27 @@ class GuidanceLoss(nn.Module):
         target = pack_latents(noise - latents)
         distilled = guidance > 1
         without = [one.expand_as(each) for one, each in zip(self.encoders(no_clip[:1], no_t5[:1]), text, strict=True)]
-        target[distilled] += self.difference(x_t, t, text, without, distilled) * (guidance[distilled, None, None] - 1)
+        some = (pack_latents(x_t)[distilled], t[distilled], *([each[distilled] for each in texts] for texts in (text, without)))
+        conditional, unconditional = two_passes(self.teacher, *some, image_ids(x_t))
+        target[distilled] += (guidance[distilled, None, None] - 1) * (conditional - unconditional)
         error = (predict_velocity(self.transformer, x_t, t, text, guidance) - target).square().mean(dim=(1, 2))
         return {"loss": error.mean(), "flow_loss": error[~distilled].mean(), "guided_loss": error[distilled].mean()}
 
-    @torch.no_grad()
-    def difference(self, x_t: Tensor, t: Tensor, text: Sequence, without: Sequence, which: Tensor) -> Float[Tensor, "some tokens channels"]:
-        """The teacher's v_cond - v_uncond for the chosen part of the batch, both passes as one batch."""
-        both = tuple(torch.cat([a[which], b[which]]) for a, b in zip(text, without, strict=True))
-        twice = [torch.cat([value[which]] * 2) for value in (x_t, t)]
-        conditional, unconditional = predict_velocity(self.teacher, *twice, both, torch.ones_like(twice[1])).chunk(2)
-        return conditional - unconditional
+
+@torch.no_grad()
+def two_passes(
+    model: FluxTransformer2DModel,
+    x_t: Float[Tensor, "batch tokens channels"],
+    t: Tensor,
+    text: Sequence,
+    without: Sequence,
+    img_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The velocities of a model that was not distilled, with the text and with the empty one: one batch of two."""
+    both = tuple(torch.cat(pair) for pair in zip(text, without, strict=True))
+    twice = [torch.cat([value] * 2) for value in (x_t, t)]
+    conditional, unconditional = predict_packed_velocity(model, *twice, both, img_ids, torch.ones_like(twice[1])).chunk(2)
+    return conditional, unconditional
 
 
 class GuidanceBatches(FlowBatches):

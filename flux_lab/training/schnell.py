@@ -1,11 +1,11 @@
 """Stage 6c: step distillation, for schnell.
 
-    python -m flux_lab.training.schnell --initial runs/deepened/transformer --teacher runs/distilled/transformer --out runs/schnell
+    python -m flux_lab.training.schnell --initial runs/deepened/transformer --teacher runs/flow/transformer --out runs/schnell
 
-FLUX.1-schnell draws in four steps and has no guidance embedding. The student begins as the teacher, or as a deeper transformer that says
-the same, its guidance folded into a bias, and learns to do in one Euler step what the teacher does in several (progressive distillation:
-Salimans & Ho 2022, arXiv 2202.00512). It starts every step from where its own steps before have brought it, so it learns to correct its
-own errors (Ross et al. 2011, arXiv 1011.0686). Writes `transformer/` (a diffusers folder).
+FLUX.1-schnell draws in four steps and has no guidance embedding. The student begins as a transformer that was distilled for guidance,
+which is folded into a bias, and learns to do in one Euler step what the teacher does in several with true classifier-free guidance
+(progressive distillation: Salimans & Ho 2022, arXiv 2202.00512). It starts every step from where its own steps before have brought it, so
+it learns to correct its own errors (Ross et al. 2011, arXiv 1011.0686). Writes `transformer/` (a diffusers folder).
 """
 
 import argparse
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from flux_lab.checkpoints import load_clip, load_t5, load_transformer
 from flux_lab.config import FLUX_SCHNELL_SCHEDULER
 from flux_lab.embeddings import get_timestep_embedding
-from flux_lab.latents import pack_latents, prepare_latent_image_ids
+from flux_lab.latents import pack_latents
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, default_sigmas
-from flux_lab.training.flow import Encoders, FlowBatches, add_options, compile_blocks, export, predict_packed_velocity, settings_of
+from flux_lab.training.flow import Encoders, add_options, compile_blocks, export, image_ids, predict_packed_velocity, settings_of
+from flux_lab.training.guidance import GuidanceBatches, two_passes
 from flux_lab.training.loop import train
 from flux_lab.transformer import FluxTransformer2DModel
 
@@ -60,14 +61,19 @@ class StepLoss(nn.Module):
         self.sigmas = schnell_sigmas().tolist()
 
     def forward(
-        self, noise: Float[Tensor, "batch channels height width"], level: Int[Tensor, "batch"], clip_ids: Tensor, t5_ids: Tensor
+        self,
+        noise: Float[Tensor, "batch channels height width"],
+        level: Int[Tensor, "batch"],
+        clip_ids: Tensor,
+        t5_ids: Tensor,
+        no_clip: Tensor,
+        no_t5: Tensor,
     ) -> dict[str, Tensor]:
-        text = self.encoders(clip_ids, t5_ids)
-        img_ids = prepare_latent_image_ids(noise.shape[2] // 2, noise.shape[3] // 2, device=noise.device)
+        text, without, img_ids = self.encoders(clip_ids, t5_ids), self.encoders(no_clip, no_t5), image_ids(noise)
         start = self.reached(pack_latents(noise), level, text, img_ids)
         here = torch.tensor(self.sigmas, device=noise.device)[level]
         there = torch.tensor(self.sigmas, device=noise.device)[level + 1]
-        end = self.taught(start, here, there, text, img_ids)
+        end = self.taught(start, here, there, text, without, img_ids)
         target = (end - start) / (there - here)[:, None, None]
         return {"loss": F.mse_loss(velocity(self.transformer, start, here, text, img_ids), target)}
 
@@ -84,11 +90,12 @@ class StepLoss(nn.Module):
         return x
 
     @torch.no_grad()
-    def taught(self, x: Tensor, here: Tensor, there: Tensor, text: tuple, img_ids: Tensor) -> Tensor:
-        """Where `SUBSTEPS` Euler steps of the teacher lead from `here` to `there`."""
+    def taught(self, x: Tensor, here: Tensor, there: Tensor, text: tuple, without: tuple, img_ids: Tensor) -> Tensor:
+        """Where `SUBSTEPS` Euler steps of the teacher, with true guidance, lead from `here` to `there`."""
         change = (there - here) / SUBSTEPS
         for index in range(SUBSTEPS):
-            x = x + change[:, None, None] * velocity(self.teacher, x, here + index * change, text, img_ids)
+            conditional, unconditional = two_passes(self.teacher, x, here + index * change, text, without, img_ids)
+            x = x + change[:, None, None] * torch.lerp(unconditional, conditional, GUIDANCE)
         return x
 
 
@@ -97,28 +104,27 @@ def velocity(model: FluxTransformer2DModel, x: Tensor, sigma: Tensor, text: tupl
     return predict_packed_velocity(model, x, sigma, text, img_ids, torch.full_like(sigma, GUIDANCE))
 
 
-class StepBatches(FlowBatches):
+class StepBatches(GuidanceBatches):
     """Noise, captions, and at which of its four levels the student is to learn. Pictures are not needed: the teacher has seen them."""
 
     def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         batch = super().__call__(step, generator)
         level = torch.randint(STEPS, (self.batch_size,), generator=generator)
-        return {name: batch[name] for name in ("noise", "clip_ids", "t5_ids")} | {"level": level}
+        return {name: batch[name] for name in ("noise", "clip_ids", "t5_ids", "no_clip", "no_t5")} | {"level": level}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/schnell"))
-    parser.add_argument("--teacher", type=Path, default=Path("runs/distilled/transformer"))
-    parser.add_argument("--initial", type=Path, help="what the student begins as; default: the transformer of --teacher")
+    parser.add_argument("--teacher", type=Path, default=Path("runs/flow/transformer"), help="the rectified flow, not distilled")
+    parser.add_argument("--initial", type=Path, default=Path("runs/deepened/transformer"), help="what the student begins as")
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    teacher, initial = (load_transformer(folder).float() for folder in (options.teacher, options.initial or options.teacher))
-    for name, model in (("teacher", teacher), ("initial", initial)):
-        if not model.config.guidance_embeds:
-            parser.error(f"--{name}: expected a transformer with a guidance embedding")
+    teacher, initial = (load_transformer(folder).float() for folder in (options.teacher, options.initial))
+    if not initial.config.guidance_embeds:
+        parser.error(f"--initial {options.initial}: expected a transformer with a guidance embedding")
     student = without_guidance(initial, GUIDANCE).requires_grad_(True)
     if options.compile:
         compile_blocks(student)
