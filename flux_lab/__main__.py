@@ -79,12 +79,12 @@ def add_generate(parser: Parser) -> None:
     parser.add_argument("--negative", metavar="TEXT", help="what not to draw; needs --true-cfg")
     parser.add_argument("--true-cfg", type=number(1), default=1.0, metavar="SCALE", help="above 1: a second pass with --negative (1)")
     parser.add_argument("--guidance", type=number(0), default=3.5, metavar="SCALE", help="guidance scale, an input of the network (3.5)")
-    parser.add_argument("--steps", type=whole(1, 1000), default=28, metavar="N", help="denoising steps (28; 4 for schnell)")
+    parser.add_argument("--steps", type=whole(1, 1000), metavar="N", help="denoising steps (28; 4 without guidance embedding: schnell)")
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="seed of the first picture (0)")
     parser.add_argument("--count", type=whole(1), default=1, metavar="N", help="pictures, with seeds SEED, SEED + 1, ... (1)")
     parser.add_argument("--width", type=whole(1), metavar="PIXELS", help="a multiple of 16 (the checkpoint's own)")
     parser.add_argument("--height", type=whole(1), metavar="PIXELS", help="a multiple of 16 (the checkpoint's own)")
-    parser.add_argument("--model", metavar="PATH", help="a folder in the diffusers layout, or a hub id (the bundled miniature)")
+    parser.add_argument("--model", metavar="PATH", help="a folder in the diffusers layout, a hub id, or flux-mini-schnell (flux-mini)")
     parser.add_argument("--out", type=Path, default=Path("outputs"), metavar="PATH", help="a folder, or a file name in .png (outputs)")
     parser.add_argument(
         "--filmstrip", nargs="?", type=png_name, const=True, metavar="FILE", help="also write a strip of the steps, beside the picture"
@@ -231,6 +231,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     for file in {file for pair in files.values() for file in pair if file is not None}:
         file.parent.mkdir(parents=True, exist_ok=True)
     pipe = load(arguments)
+    arguments.steps = arguments.steps or (28 if pipe.transformer.config.guidance_embeds else 4)
     from tqdm import tqdm
 
     with tqdm(total=arguments.count * arguments.steps, unit="step", disable=None) as bar:
@@ -246,13 +247,13 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def load(arguments: argparse.Namespace) -> "FluxPipeline":
     import torch
 
-    from flux_lab.pipeline import FluxPipeline
+    from flux_lab.pipeline import MINIATURES, FluxPipeline
 
-    device = choose_device(arguments.device)
-    dtype = arguments.dtype
+    device, dtype, model = choose_device(arguments.device), arguments.dtype, arguments.model or MINIATURES["dev"]
+    bundled = model in MINIATURES.values() and not Path(model).exists()
     if dtype == "auto":
-        dtype = "float32" if arguments.model is None or device == "cpu" else "bfloat16"
-    return FluxPipeline.from_pretrained(arguments.model or data_dir() / "flux-mini", dtype=getattr(torch, dtype), device=device)
+        dtype = "float32" if bundled or device == "cpu" else "bfloat16"
+    return FluxPipeline.from_pretrained(data_dir() / model if bundled else model, dtype=getattr(torch, dtype), device=device)
 
 
 def choose_device(name: str) -> str:

@@ -117,6 +117,13 @@ def test_metadata(draw: Callable) -> None:
     }
 
 
+def test_the_bundled_sister_takes_four_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", PROMPT, "--model", "flux-mini-schnell", "--device", "cpu"]) == 0
+    written = Image.open(tmp_path / "outputs" / "a-red-cube_0.png").text
+    assert (written["num_inference_steps"], written["model"], written["dtype"]) == ("4", "flux-mini-schnell", "float32")
+
+
 def test_metadata_names_no_folder_above_the_model(draw: Callable, tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     (file,) = draw("--model", str(tmp_path / "my-model"))

@@ -14,7 +14,7 @@ from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import CheckpointError, write_pipeline
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import FLUX_DEV_SCHEDULER, FLUX_SCHNELL_SCHEDULER, TINY, TINY_CLIP, TINY_T5, TINY_VAE
-from flux_lab.pipeline import FluxPipeline
+from flux_lab.pipeline import MINIATURES, FluxPipeline
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.transformer import FluxTransformer2DModel
@@ -238,6 +238,13 @@ def test_save_and_load(ours, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES["prompt"], CASES["prompt_2"], CASES["negative"]], ids=["prompt", "prompt_2", "negative"])
-def test_the_miniature(case):
-    size = {"height": 128, "width": 128, "max_sequence_length": 32, "num_inference_steps": 28}
-    assert_same_pictures(quiet(load_mini()), quiet(Reference.from_pretrained(data_dir() / "flux-mini")), **size | case)
+@pytest.mark.parametrize(("kind", "steps"), [("dev", 28), ("schnell", 4)])
+def test_the_miniature(kind, steps, case):
+    size = {"height": 128, "width": 128, "max_sequence_length": 32, "num_inference_steps": steps}
+    assert_same_pictures(quiet(load_mini(kind)), quiet(Reference.from_pretrained(data_dir() / MINIATURES[kind])), **size | case)
+
+
+def test_there_are_two_miniatures():
+    assert load_mini("schnell").transformer.config.guidance_embeds is False
+    with pytest.raises(ValueError, match=r"kind: expected one of \['dev', 'schnell'\], got 'pro'"):
+        load_mini("pro")

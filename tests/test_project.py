@@ -305,8 +305,10 @@ def test_wheel_installed_elsewhere_finds_the_miniature(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
-    code = "import flux_lab; print(flux_lab.__file__); print(flux_lab.data_dir()); print(type(flux_lab.load_mini()).__name__)"
-    file, data, pipe = run_python(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}).splitlines()
+    code = "import flux_lab; print(flux_lab.__file__); print(flux_lab.data_dir()); "
+    code += "print(*[len(flux_lab.load_mini(kind).vae.state_dict()) for kind in ('dev', 'schnell')])"
+    file, data, counts = run_python(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site)}).splitlines()
     assert Path(file).is_relative_to(site)
     assert Path(data) == site / "flux_lab" / "data"
-    assert pipe == "FluxPipeline"
+    assert len(set(counts.split())) == 1
+    assert int(counts.split()[0]) > 100

@@ -93,8 +93,8 @@ show(plots.gallery([image], ["28 steps, seed 0"]), alt="The miniature's image: "
 
 # %% [markdown]
 # *What to see*: compare it with the words, one by one. Floor and colours come out first in training, shapes last, and
-# this miniature was trained for hours, not for weeks: some of its objects have no clear shape. How often each attribute
-# is right was measured; the model card has the table.
+# this miniature was trained for hours, not for weeks: its edges are wobbly, and in some pictures an object is missing or
+# one too many. How often each attribute is right was measured; the model card has the table.
 #
 # A **seed** numbers the noise that the image starts from. Another seed gives another image of the same words. Eight steps
 # are enough to see it:

@@ -349,7 +349,9 @@ assert difference == 0
 
 # %% [markdown]
 # Not nearly the same: the same. So a model can be *grown*: train a few blocks first, put others between them with closed
-# gates, and go on training. A block whose gates have stayed near zero is one that training has not used.
+# gates, and go on training. A block whose gates have stayed near zero is one that training has not used. The miniature
+# was grown as well, from 4 + 8 blocks. Its new blocks are copies of their neighbours, and their gates were not closed but
+# given a part of the neighbour's work (`flux_lab/training/grow.py`): closed ones had stayed nearly idle.
 #
 # Can a closed block learn at all? At the start the derivative of the output by the block's inner weights is zero,
 # because the gate stands in front of them. The gate's own derivative is not:

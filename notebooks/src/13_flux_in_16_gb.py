@@ -552,7 +552,7 @@ except ValueError as error:
 # reading the file, or than the matrix products alone. The last column divides by the larger of these two.
 
 # %%
-measured = json.loads((flux_lab.data_dir() / "full_size.json").read_text())
+measured = json.loads((flux_lab.data_dir() / "measured" / "full_size.json").read_text())
 header = [
     "weights",
     "file GB",

@@ -428,7 +428,7 @@ print(f"fast step as a share of ours       {measured(steps['ours'], step).median
 # The stored results:
 
 # %%
-stored = benchmark_report.read(flux_lab.data_dir().parent / "notebooks" / "benchmark.json")
+stored = benchmark_report.read(flux_lab.data_dir() / "measured" / "benchmark.json")
 Markdown(benchmark_report.markdown(stored))
 
 # %%
