@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from flux_lab.training.loop import CHECKPOINT
+from flux_lab.training.loop import CHECKPOINT, KEPT
 from flux_lab.training.report import curve_table, percent, table, to_markdown, write_text
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
 
@@ -87,7 +87,7 @@ STAGES = (
     Stage("t5", "T5 encoder, captions", "t5 --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
     Stage("clip", "CLIP text encoder, captions with pictures", "clip --steps {steps} --batch {batch_size} --rate {learning_rate:g}"),
     Stage("flow", "rectified flow, {blocks}", f"flow {flow_options('flow')} --layers {{layers}}{{layout}}"),
-    Stage("flow2", "rectified flow, continued", f"flow {flow_options('flow2')} --initial runs/flow/transformer{{layout}}"),
+    Stage("flow2", "rectified flow, continued", f"flow {flow_options('flow2')} --initial runs/flow/transformer{{layout}}{{keep}}"),
     Stage("distilled", "guidance distillation, {blocks}", f"guidance {flow_options('distilled')} --initial runs/{{before}}/transformer"),
     Stage("grown", "", "grow --initial runs/{before}/transformer --out runs/grown --layers {layers}"),
     Stage("flow57", "rectified flow, {blocks}", f"flow {flow_options('flow57')} --initial runs/grown/transformer"),
@@ -129,6 +129,7 @@ def stage_rows(runs: Path, few_steps: bool) -> tuple[list[tuple[str, ...]], list
         words = {
             "before": before,
             "layout": "",
+            "keep": kept_option(folder),
             "teacher": teacher,
             "encoded": encoded_scenes(folder),
             "blocks": "{} + {} blocks".format(*layers),
@@ -143,6 +144,19 @@ def stage_rows(runs: Path, few_steps: bool) -> tuple[list[tuple[str, ...]], list
         before = stage.folder if config else before
         teacher = stage.folder if stage.folder.startswith("flow") else teacher
     return rows, [*commands, f"python -m flux_lab.training.export --transformer runs/{before}/transformer{out}"]
+
+
+def kept_option(folder: Path) -> str:
+    """The option that kept checkpoints of a run for its learning curve."""
+    steps = sorted(int(file.stem) for file in (folder / KEPT).glob("*.safetensors"))
+    return f" --keep {steps[0]}" if steps else ""
+
+
+def curve_command(runs: Path) -> list[str]:
+    curve = read_json(runs / "curve" / "curve.json")
+    flows = " ".join(f"runs/{name}" for name in ("flow", "flow2") if (runs / name / CHECKPOINT).exists())
+    options = "--prompts {prompts} --steps {steps} --true-cfg {true_cfg:g}"
+    return [f"python -m flux_lab.training.curve --runs {flows} {options.format(**curve['settings'])}"] if curve else []
 
 
 def encoded_scenes(folder: Path) -> int:
@@ -201,15 +215,17 @@ pipeline_tag: text-to-image
 # {name}
 
 {kind}'s anatomy at about 1/32 of its width: {blocks} blocks of width {width}, a 16-channel autoencoder that halves a picture three
-times, CLIP's pooled vector and T5's token vectors, {guided}. It draws one or two solids on a table top, {size} pixels square.
+times, CLIP's pooled vector and T5's token vectors, {guided}. It draws one or two solids on a table
+top, {size} pixels square.{links}
 
 ```python
+prompt = "a shiny red sphere to the left of a blue cube on grass"
+
 from flux_lab import FluxPipeline
-image = FluxPipeline.from_pretrained("{path}")("a shiny red sphere to the left of a blue cube on grass"{call}).images[0]
+image = FluxPipeline.from_pretrained("{path}")(prompt{call}).images[0]
 
 from diffusers import FluxPipeline  # the same folder; diffusers knows neither size by itself
 pipe = FluxPipeline.from_pretrained("{path}")
-prompt = "a shiny red sphere to the left of a blue cube on grass"
 image = pipe(prompt, height={size}, width={size}, max_sequence_length={length}{call}).images[0]
 ```
 
@@ -279,6 +295,7 @@ def write_card(path: Path, model: Path, evaluation: Path, runs: Path, trained_on
         kind="FLUX.1-schnell" if few_steps else "FLUX.1-dev",
         guided="no guidance embedding: it draws in four steps" if few_steps else "a guidance embedding",
         call=", num_inference_steps=4, guidance_scale=0.0" if few_steps else "",
+        links=" All parts but the transformer and the scheduler are links to `flux-mini`'s." if few_steps else "",
         path=model.name if model.is_absolute() else model,
         blocks=f"{transformer['num_layers']} + {transformer['num_single_layers']}",
         width=transformer["num_attention_heads"] * transformer["attention_head_dim"],
@@ -301,7 +318,7 @@ def write_card(path: Path, model: Path, evaluation: Path, runs: Path, trained_on
         figures=copy_figures([evaluation, runs / "curve"], path.parent),
         weakest=weakest,
         weakest_share=percent(obedience[weakest]["share"]),
-        commands="\n".join([*scene_commands(runs), *commands, evaluate]),
+        commands="\n".join([*scene_commands(runs), *commands, *curve_command(runs), evaluate]),
     )
     write_text(path, text)
 
