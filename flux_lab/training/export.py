@@ -14,7 +14,6 @@ import filecmp
 import hashlib
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +71,21 @@ def export(
 
 
 def unlink_parts(folder: Path) -> None:
-    """Remove links among a checkpoint's parts: what is written next must not go where they lead."""
-    for part in Path(folder).glob("*/"):
-        if part.is_symlink():
-            part.unlink()
+    """Remove links among a checkpoint's files: what is written next must not go where they lead."""
+    for file in Path(folder).glob("*/*"):
+        if file.is_symlink():
+            file.unlink()
 
 
 def share_parts(folder: Path, other: Path) -> None:
-    """Replace every part of `folder` that `other` holds with the same files by a relative link."""
+    """Replace every file of a part of `folder` by a relative link, where the same part of `other` has the same files."""
     for part in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
         twin, names = Path(other) / part.name, sorted(file.name for file in part.iterdir())
         same_names = twin.is_dir() and names == sorted(file.name for file in twin.iterdir())
         if same_names and filecmp.cmpfiles(part, twin, names, shallow=False)[0] == names:
-            shutil.rmtree(part)
-            part.symlink_to(os.path.relpath(twin, folder), target_is_directory=True)
+            for name in names:
+                (part / name).unlink()
+                (part / name).symlink_to(os.path.relpath(twin / name, part))
 
 
 def write_checksums(folder: Path) -> None:

@@ -23,11 +23,11 @@ print(judge(dataclasses.replace(EXERCISES["image_tokens"], seconds=0.5), image_t
 @pytest.mark.slow
 def test_two_lessons_run_at_the_same_time() -> None:
     """Both kernels load the same checkpoint; each prints the numbers that it prints alone."""
-    first, *_, last = build.sources()
-    notebooks = [build.fold_solutions(build.read_source(source)) for source in (first, last)]
+    lessons = [source for source in build.sources() if source.stem in ("03_latents_and_packing", "11_vae")]  # quick ones
+    notebooks = [build.fold_solutions(build.read_source(source)) for source in lessons]
     with ThreadPoolExecutor() as pool:
         together = list(pool.map(lambda notebook: build.execute(notebook, build.NOTEBOOKS), notebooks))
-    for source, notebook in zip((first, last), together, strict=True):
+    for source, notebook in zip(lessons, together, strict=True):
         alone = nbformat.read(build.target(source), as_version=4)
         assert key_numbers(notebook) == key_numbers(alone)
 
