@@ -6,7 +6,6 @@ code 2.
 
 import argparse
 import math
-import os
 import re
 import sys
 import warnings
@@ -365,15 +364,13 @@ def save_png(picture: "Image.Image", file: Path, text: dict[str, str]) -> None:
     """Write a PNG with `text` in it, under a temporary name first."""
     from PIL.PngImagePlugin import PngInfo
 
+    from flux_lab.files import replacing
+
     info = PngInfo()
     for name, value in text.items():
         info.add_text(name, value)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(file) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

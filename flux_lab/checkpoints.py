@@ -8,7 +8,6 @@ file and make them the parameters. So an error leaves nothing half-loaded, and n
 import contextlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import AutoencoderKLConfig, CLIPTextConfig, Config, FluxTransformer2DConfig, T5Config
+from flux_lab.files import replacing
 from flux_lab.original_layout import AUTOENCODER_RENAMING, LINEAR, SPLIT, SWAP, TRANSFORMER_RENAMING, Renaming, rename
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
 from flux_lab.t5 import T5EncoderModel
@@ -554,7 +554,7 @@ def save_model(model: nn.Module, folder: str | Path, components: dict[str, Compo
     if index.exists():
         raise CheckpointError(index, "a folder without a sharded checkpoint", "one")
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in component.tied}
-    with _replacing(file) as new_file, _replacing(folder / "config.json") as new_config:
+    with replacing(file) as new_file, replacing(folder / "config.json") as new_config:
         save_file(tensors, new_file, metadata={"format": "pt"})
         _write_json(new_config, model.config.to_dict())
 
@@ -582,23 +582,12 @@ def write_pipeline(
         if Path(source).resolve() != (folder / name).resolve():
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
-    with _replacing(folder / "scheduler" / "scheduler_config.json") as file:
+    with replacing(folder / "scheduler" / "scheduler_config.json") as file:
         _write_json(file, scheduler.config.to_dict())
-    with _replacing(folder / "model_index.json") as file:
+    with replacing(folder / "model_index.json") as file:
         parts = {name: list(part[:2]) for name, part in layout.parts.items()}
         parts["scheduler"] = [layout.parts["scheduler"][0], type(scheduler).__name__]
         _write_json(file, {"_class_name": layout.name, **parts, **layout.unused})
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file`, which takes its place when the block ends without an error."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- json

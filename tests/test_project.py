@@ -23,7 +23,7 @@ EIGHT = ["jupyterlab", "torch", "diffusers", "transformers", "matplotlib", "ipyw
 
 # The order in which the data flows: a module imports only what stands above it.
 CORE = [
-    *["config", "shapes", "tokenizer", "sentencepiece_model", "clip_tokenizer", "t5_tokenizer", "clip", "t5", "prompt", "latents"],
+    *["files", "config", "shapes", "tokenizer", "sentencepiece_model", "clip_tokenizer", "t5_tokenizer", "clip", "t5", "prompt", "latents"],
     *["scheduler", "embeddings", "rope", "normalization", "attention", "blocks", "transformer", "autoencoder", "image_processor"],
     *["original_layout", "checkpoints", "pipeline"],
 ]

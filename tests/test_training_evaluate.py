@@ -309,7 +309,7 @@ def write_checkpoint(file, transformer, step, batch_size):
 def test_the_curve_counts_samples_over_runs_and_measures_each_once(evaluated, model, pipe, tmp_path, monkeypatch):
     for name, steps in {"flow": (2,), "flow2": (1, 3)}.items():
         save_model(pipe.transformer, tmp_path / name / "transformer")
-        first = {"step": 0, "loss": 1.0} | ({"layout_loss": 1.0} if name == "flow2" else {})
+        first = {"step": 0, "loss": 1.0, "flow_loss": 1.0, "seconds": 1.0} | ({"layout_loss": 1.0} if name == "flow2" else {})
         (tmp_path / name / "log.jsonl").write_text(json.dumps(first) + "\n")
         for step in steps:
             write_checkpoint(tmp_path / name / "kept" / f"{step:06}.safetensors", pipe.transformer, step, 10)

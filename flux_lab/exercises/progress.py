@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_lab.exercises.checking import Exercise, Kind, Verdict
+from flux_lab.files import write_text
 
 VERSION = 1
 
@@ -90,15 +91,10 @@ def read(file: Path) -> dict[str, Entry]:
 
 
 def write(file: Path, entries: Mapping[str, Entry]) -> None:
-    """Write beside the file and rename, so that nobody meets half a file. Of two at the same moment the last one stays."""
+    """Of two that write at the same moment the last one stays."""
     content = {"version": VERSION, "exercises": {name: dataclasses.asdict(entry) for name, entry in entries.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def set_aside(file: Path, why: str) -> Path:

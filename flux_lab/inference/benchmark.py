@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from flux_lab.files import write_text
 from flux_lab.inference.benchmark_cases import CASES, COMPILED, QUICK, REFERENCE, Case, Settings
 from flux_lab.inference.live_bytes import LiveBytes
 
@@ -222,9 +223,7 @@ def write_json(file: Path, held: dict[str, Any], results: Sequence[Result]) -> N
     replaced = {result.case for result in results}
     held["results"] = [row for row in held["results"] if row["case"] not in replaced] + rows
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, json.dumps(held, indent=1) + "\n")
 
 
 def main(only: Sequence[str] = (), json_file: Path | None = None, quick: bool = False, compile: bool = False, device: str = "cpu") -> int:

@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from flux_lab.checkpoints import TRANSFORMER
 from flux_lab.config import FluxTransformer2DConfig
+from flux_lab.files import replacing
 from flux_lab.inference.budget import check_device, gb, parse_bytes
 from flux_lab.inference.hoisting import Conditioning
 from flux_lab.inference.int8 import integer_product
 from flux_lab.inference.loading import load_lean, open_model
 from flux_lab.inference.memory_limit import Group, limit_addresses, memory_group
 from flux_lab.inference.parts import MODELS
-from flux_lab.inference.quantization import SCHEMES, replacing, stored_scheme
+from flux_lab.inference.quantization import SCHEMES, stored_scheme
 from flux_lab.inference.random_checkpoint import on_meta, write_random
 from flux_lab.inference.stream_log import LoggedStreamer
 from flux_lab.inference.weight_files import ReusedMemory, read_past_cache

@@ -4,12 +4,10 @@ Of FLUX.1 only T5 and the transformer are quantized: they hold 98 % of the numbe
 T5's `wo`, whose results are the largest numbers of the whole model.
 """
 
-import contextlib
 import errno
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from flux_lab.checkpoints import (
     read_model_index,
 )
 from flux_lab.clip import CLIPTextModel
+from flux_lab.files import replacing
 from flux_lab.inference.budget import check_device
 from flux_lab.inference.int8 import Linear8bit
 from flux_lab.inference.nf4 import LinearNF4
@@ -186,19 +185,6 @@ def check_free_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"expected {needed / 1e9:.1f} GB of free disk, found {free / 1e9:.1f} GB", str(folder))
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`, which takes its place when the block ends without an error, and is removed otherwise."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    except SafetensorError as error:
-        raise OSError(f"{target}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def _component_in(folder: Path) -> Component:

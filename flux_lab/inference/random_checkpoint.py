@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from flux_lab.checkpoints import TRANSFORMER, empty_weights
 from flux_lab.config import FluxTransformer2DConfig
+from flux_lab.files import replacing
 from flux_lab.inference.int8 import LARGEST, Linear8bit
 from flux_lab.inference.loading import tensors_of
 from flux_lab.inference.nf4 import NF4_CODE, LinearNF4
-from flux_lab.inference.quantization import METADATA_KEY, check_free_disk, quantize, replacing
+from flux_lab.inference.quantization import METADATA_KEY, check_free_disk, quantize
 from flux_lab.transformer import FluxTransformer2DModel
 
 STD = 0.02

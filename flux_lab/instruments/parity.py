@@ -6,7 +6,6 @@ prints a table, one row a component: the largest absolute difference in each dty
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from flux_lab import data_dir
+from flux_lab.files import write_text
 from flux_lab.instruments.parity_cases import Case, cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,9 +109,7 @@ def write_json(file: Path, table: list[tuple[Case, dict[str, Result]]]) -> None:
         }
         for case, results in table
     ]
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"versions": versions(), "rows": found}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    write_text(file, json.dumps({"versions": versions(), "rows": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

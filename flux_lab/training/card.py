@@ -7,7 +7,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
+from flux_lab.files import replacing, write_text
 from flux_lab.training.loop import CHECKPOINT, KEPT
-from flux_lab.training.report import curve_table, percent, table, to_markdown, write_text
+from flux_lab.training.report import curve_table, percent, table, to_markdown
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
 
 # Figures that stand beside the card, and what they show.
@@ -102,6 +102,16 @@ STAGES = (
         f"deepen {flow_options('deepened')} --initial runs/grown/transformer --teacher runs/{{teacher}}/transformer",
     ),
     Stage(
+        "flow3",
+        "rectified flow, {blocks}, continued further",
+        f"flow {flow_options('flow3')} --initial runs/flow2/transformer{{layout}}{{keep}}",
+    ),
+    Stage(
+        "deepened2",
+        "the deep one learns to say the same again",
+        f"deepen {flow_options('deepened2')} --initial runs/deepened/transformer --teacher runs/{{teacher}}/transformer",
+    ),
+    Stage(
         "schnell",
         "step distillation, {blocks}",
         f"schnell {flow_options('schnell')} --initial runs/{{before}}/transformer --teacher runs/{{teacher}}/transformer",
@@ -154,7 +164,8 @@ def kept_option(folder: Path) -> str:
 
 def curve_command(runs: Path) -> list[str]:
     curve = read_json(runs / "curve" / "curve.json")
-    flows = " ".join(f"runs/{name}" for name in ("flow", "flow2") if (runs / name / CHECKPOINT).exists())
+    folders = [stage.folder for stage in STAGES if stage.folder.startswith("flow")]
+    flows = " ".join(f"runs/{folder}" for folder in folders if (runs / folder / CHECKPOINT).exists())
     options = "--prompts {prompts} --steps {steps} --true-cfg {true_cfg:g}"
     return [f"python -m flux_lab.training.curve --runs {flows} {options.format(**curve['settings'])}"] if curve else []
 
@@ -265,8 +276,8 @@ def copy_figures(folders: Sequence[Path], out: Path) -> str:
     lines = []
     for name, shows in FIGURES.items():
         for file in [folder / name for folder in folders if (folder / name).exists()]:
-            shutil.copyfile(file, out / f"{name}.part")
-            os.replace(out / f"{name}.part", out / name)
+            with replacing(out / name) as copied:
+                shutil.copyfile(file, copied)
             lines.append(f"\n![{shows}]({name})\n")
     return "".join(lines)
 

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 
 from flux_lab import shapes
 from flux_lab.autoencoder import AutoencoderKL
+from flux_lab.files import write_text
 from flux_lab.sd15.pipeline import StableDiffusionPipeline
 from flux_lab.training.captions import Caption
 from flux_lab.training.card import Stage, count_parameters, duration, encoded_scenes, read_json, read_run, scene_commands
@@ -21,7 +22,7 @@ from flux_lab.training.evaluate import hardware, sample_captions, sample_scenes,
 from flux_lab.training.obedience import score
 from flux_lab.training.quality import reconstruct, vae_quality
 from flux_lab.training.reader import Reader, read_attributes
-from flux_lab.training.report import percent, table, write_text
+from flux_lab.training.report import percent, table
 from flux_lab.training.scenes import render
 from flux_lab.training.world import Scene
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from flux_lab.checkpoints import load_transformer
 from flux_lab.pipeline import FluxPipeline
+from flux_lab.training.card import read_json, read_run
 from flux_lab.training.evaluate import as_dicts, obedience_of, sample_captions, sample_scenes
 from flux_lab.training.loop import CHECKPOINT, KEPT, load_trained
 from flux_lab.training.reader import load_reader
@@ -41,16 +42,6 @@ def samples(checkpoint: Path) -> int:
     with safe_open(checkpoint, "pt") as file:
         metadata = file.metadata()
     return int(metadata["step"]) * json.loads(metadata["settings"])["batch_size"]
-
-
-def has_layout(run: Path) -> bool:
-    """Whether the run was asked, beside the velocity, what stands where (layout.py)."""
-    with (run / "log.jsonl").open() as log:
-        return "layout_loss" in json.loads(log.readline())
-
-
-def read_curve(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"points": []}
 
 
 def draw_curve(path: Path, curve: dict[str, Any]) -> None:
@@ -87,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     reader = load_reader(options.reader).to(options.device)
     stated = sample_captions(sample_scenes(options.prompts))
     drawing = {"num_inference_steps": options.steps, "guidance_scale": 1.0, "true_cfg_scale": options.true_cfg, "negative_prompt": ""}
-    curve = read_curve(options.out / "curve.json")
+    curve = {"points": []} | read_json(options.out / "curve.json")
     settings = {"prompts": options.prompts, "steps": options.steps, "true_cfg": options.true_cfg}
     if curve.setdefault("settings", settings) != settings:
         parser.error(f"--out {options.out}: holds a curve measured with {curve['settings']}, asked for {settings}; use another folder")
@@ -98,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe.transformer = load_transformer(run / "transformer", device=options.device)
         pipe.transformer.load_state_dict(load_trained(run, "transformer", name))
         obedience = obedience_of(pipe, reader, stated, **drawing)
-        point = {"samples": seen, "layout": has_layout(run), "obedience": as_dicts(obedience.table)}
+        point = {"samples": seen, "layout": read_run(run).layout, "obedience": as_dicts(obedience.table)}
         curve["points"] = sorted([*curve["points"], point], key=lambda each: each["samples"])
         write_json(options.out / "curve.json", curve)
         draw_curve(options.out / "curve.png", curve)

@@ -13,29 +13,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux_lab.checkpoints import load_clip, load_t5, load_transformer
+from flux_lab.checkpoints import load_transformer
 from flux_lab.latents import pack_latents
-from flux_lab.training.flow import Encoders, add_options, compile_blocks, export, image_ids, predict_velocity, settings_of
-from flux_lab.training.guidance import GuidanceBatches, two_passes
-from flux_lab.training.loop import train
-from flux_lab.transformer import FluxTransformer2DModel
+from flux_lab.training.flow import add_options, image_ids, predict_velocity
+from flux_lab.training.guidance import GuidanceBatches, TaughtLoss, train_student, two_passes
 
 
-class DepthLoss(nn.Module):
+class DepthLoss(TaughtLoss):
     """The student's velocity against the teacher's guided one, for the same picture and text. `off`: relative to its norm."""
-
-    def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
-        super().__init__()
-        self.transformer, self.encoders = transformer, encoders
-        self.teacher = teacher.eval().requires_grad_(False)
 
     def forward(
         self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, no_clip: Tensor, no_t5: Tensor, guidance: Tensor
     ) -> dict[str, Tensor]:
         x_t = torch.lerp(latents, noise, t[:, None, None, None])
-        text, without = self.encoders(clip_ids, t5_ids), self.encoders(no_clip, no_t5)
+        text, without = self.texts(clip_ids, t5_ids, no_clip, no_t5)
         conditional, unconditional = two_passes(self.teacher, pack_latents(x_t), t, text, without, image_ids(x_t))
         target = torch.lerp(unconditional, conditional, guidance[:, None, None])
         loss = F.mse_loss(predict_velocity(self.transformer, x_t, t, text, guidance), target)
@@ -51,14 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    student = load_transformer(options.initial).float().requires_grad_(True)
-    teacher = load_transformer(options.teacher).float()
-    if options.compile:
-        compile_blocks(student)
-    encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
-    batches = GuidanceBatches(options.scenes, options.tokenizers, options.latents, options.batch)
-    train(DepthLoss(student, teacher, encoders), batches, options.out, settings_of(options))
-    export(options.out, student)
+    student, teacher = (load_transformer(folder) for folder in (options.initial, options.teacher))
+    train_student(DepthLoss, GuidanceBatches, student, teacher, options)
 
 
 if __name__ == "__main__":

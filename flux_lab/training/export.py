@@ -23,10 +23,10 @@ import torch
 from flux_lab import shapes
 from flux_lab.checkpoints import load_autoencoder, load_clip, load_t5, load_transformer, write_pipeline
 from flux_lab.config import FLUX_DEV_SCHEDULER, FLUX_SCHNELL_SCHEDULER
+from flux_lab.files import write_text
 from flux_lab.latents import PATCH
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
-from flux_lab.training.report import write_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROOF = "a red cube on grass"

@@ -35,22 +35,33 @@ from flux_lab.transformer import FluxTransformer2DModel
 STRONGEST = 6.0
 
 
-class GuidanceLoss(nn.Module):
-    """The student learns the pictures' velocity, moved by the teacher's guidance where w > 1."""
+class TaughtLoss(nn.Module):
+    """A student, `transformer`, with its teacher and the encoders, which do not learn."""
 
     def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
         super().__init__()
         self.transformer, self.encoders = transformer, encoders
         self.teacher = teacher.eval().requires_grad_(False)
 
+    def texts(
+        self, clip_ids: Tensor, t5_ids: Tensor, no_clip: Tensor, no_t5: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The encoded captions, and the empty caption, encoded once, beside each of them."""
+        text = self.encoders(clip_ids, t5_ids)
+        empty = self.encoders(no_clip[:1], no_t5[:1])
+        return text, tuple(one.expand_as(each) for one, each in zip(empty, text, strict=True))
+
+
+class GuidanceLoss(TaughtLoss):
+    """The student learns the pictures' velocity, moved by the teacher's guidance where w > 1."""
+
     def forward(
         self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, no_clip: Tensor, no_t5: Tensor, guidance: Tensor
     ) -> dict[str, Tensor]:
         x_t = torch.lerp(latents, noise, t[:, None, None, None])
-        text = self.encoders(clip_ids, t5_ids)
+        text, without = self.texts(clip_ids, t5_ids, no_clip, no_t5)
         target = pack_latents(noise - latents)
         distilled = guidance > 1
-        without = [one.expand_as(each) for one, each in zip(self.encoders(no_clip[:1], no_t5[:1]), text, strict=True)]
         some = (pack_latents(x_t)[distilled], t[distilled], *([each[distilled] for each in texts] for texts in (text, without)))
         conditional, unconditional = two_passes(self.teacher, *some, image_ids(x_t))
         target[distilled] += (guidance[distilled, None, None] - 1) * (conditional - unconditional)
@@ -85,6 +96,23 @@ class GuidanceBatches(FlowBatches):
         return batch | {"no_clip": self.no_clip.repeat(count, 1), "no_t5": self.no_t5.repeat(count, 1), "guidance": guidance}
 
 
+def train_student(
+    loss: type[TaughtLoss],
+    batches: type[GuidanceBatches],
+    student: FluxTransformer2DModel,
+    teacher: FluxTransformer2DModel,
+    options: argparse.Namespace,
+) -> None:
+    """Train the student with one of the losses that have a teacher, and export it."""
+    student.float().requires_grad_(True)
+    if options.compile:
+        compile_blocks(student)
+    encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
+    drawn = batches(options.scenes, options.tokenizers, options.latents, options.batch)
+    train(loss(student, teacher.float(), encoders), drawn, options.out, settings_of(options))
+    export(options.out, student)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
@@ -94,14 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    student = load_transformer(options.initial).float().requires_grad_(True)
-    teacher = load_transformer(options.teacher or options.initial).float()
-    if options.compile:
-        compile_blocks(student)
-    encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
-    batches = GuidanceBatches(options.scenes, options.tokenizers, options.latents, options.batch)
-    train(GuidanceLoss(student, teacher, encoders), batches, options.out, settings_of(options))
-    export(options.out, student)
+    student, teacher = (load_transformer(folder) for folder in (options.initial, options.teacher or options.initial))
+    train_student(GuidanceLoss, GuidanceBatches, student, teacher, options)
 
 
 if __name__ == "__main__":

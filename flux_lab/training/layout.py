@@ -6,7 +6,6 @@ the answer. What a block must know to answer it, the blocks behind it can draw. 
 of a pretrained encoder at this place, and find that the flow is learned many times faster.)
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flux_lab.files import replacing
 from flux_lab.training.raytrace import OVERSAMPLING, camera_rays
 from flux_lab.training.scenes import read_scenes
 from flux_lab.training.solids import meet
@@ -46,10 +46,8 @@ def scene_layouts(scenes: Path) -> UInt8[Tensor, "scenes tokens kinds"]:
     path = scenes / "layouts.npy"
     if not path.exists():
         found = np.stack([layout(scene) for scene in tqdm(read_scenes(scenes), desc="layouts", mininterval=5)])
-        temporary = path.with_suffix(f".{os.getpid()}")
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, found)
-        os.replace(temporary, path)
     return torch.from_numpy(np.load(path))
 
 

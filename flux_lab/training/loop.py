@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from flux_lab import shapes
+from flux_lab.files import replacing
 from flux_lab.training.optimizer import optimizers_of
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -110,13 +110,12 @@ def _save(out: Path, settings: Settings, step: int, parameters: dict, average: d
             tensors |= {f"optimizer.{name}.{key}": value.contiguous() for key, value in state.items()}
     metadata = {"step": str(step), "settings": json.dumps(dataclasses.asdict(settings))}
     out.mkdir(parents=True, exist_ok=True)
-    temporary = out / (CHECKPOINT + ".part")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, out / CHECKPOINT)
+    with replacing(out / CHECKPOINT) as file:
+        save_file(tensors, file, metadata)
     if settings.keep_every and step % settings.keep_every == 0:
         (out / KEPT).mkdir(exist_ok=True)
-        shutil.copyfile(out / CHECKPOINT, temporary)
-        os.replace(temporary, out / KEPT / f"{step:06}.safetensors")
+        with replacing(out / KEPT / f"{step:06}.safetensors") as file:
+            shutil.copyfile(out / CHECKPOINT, file)
 
 
 def _resume(out: Path, settings: Settings, parameters: dict, average: dict, optimizers: Iterable[Optimizer]) -> int:

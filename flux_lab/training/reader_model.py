@@ -7,7 +7,6 @@ the farther; so a read relation is always "left of" or "in front of". An object 
 (world.VISIBLE), which holds for every scene that is rendered.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flux_lab.files import replacing
 from flux_lab.shapes import shaped
 from flux_lab.training.captions import Stated, StatedObject
 from flux_lab.training.world import COLORS, FLOORS, INVERSE, MATERIALS, SHAPES, SIZES
@@ -142,9 +142,8 @@ def read_cells(reading: Reading) -> list[Stated]:
 
 
 def save_reader(reader: Reader, folder: Path) -> None:
-    part = Path(folder) / (WEIGHTS_FILE + ".part")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in reader.state_dict().items()}, part)
-    os.replace(part, Path(folder) / WEIGHTS_FILE)
+    with replacing(Path(folder) / WEIGHTS_FILE) as file:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in reader.state_dict().items()}, file)
 
 
 def load_reader(folder: Path) -> Reader:

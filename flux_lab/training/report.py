@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+
+from flux_lab.files import replacing, write_text
 
 Z = 1.959964  # of the normal distribution, for 95 %
 COLUMNS = 8
@@ -38,14 +39,6 @@ class Tally(NamedTuple):
     def to_dict(self) -> dict[str, float]:
         low, high = self.interval
         return {"right": self.right, "count": self.count, "share": self.share, "low": low, "high": high}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -152,10 +145,8 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 
 def write_figure(path: Path, figure: Any) -> None:
-    """Write a matplotlib figure to a temporary name, then rename."""
-    part = Path(path).with_suffix(".part")
-    figure.savefig(part, format="png", dpi=90)
-    os.replace(part, path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=90)
 
 
 def draw_samples(

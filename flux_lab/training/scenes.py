@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from flux_lab.files import replacing, write_text
 from flux_lab.training.captions import Caption, Stated, captions, standard
 from flux_lab.training.raytrace import render
 from flux_lab.training.world import (
@@ -91,13 +92,6 @@ def describe(scene: Scene, settings: Settings, rng: np.random.Generator) -> str:
     return json.dumps(scene.to_dict() | {"held_out": held_out(scene), "standard": standard(scene), "captions": texts})
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name, then rename."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def make_shard(job: tuple[Path, Settings, int]) -> int:
     """Render one shard into the common array, then put its captions down as the sign that it is complete; returns its number of scenes."""
     out, settings, index = job
@@ -121,8 +115,8 @@ def prepare(out: Path, settings: Settings) -> None:
     write_text(record, json.dumps(asdict(settings)) + "\n")
     if not (shards / "images.npy").exists():
         shape = (settings.count, settings.size, settings.size, 3)
-        np.lib.format.open_memmap(shards / "images.part", mode="w+", dtype=np.uint8, shape=shape).flush()
-        os.replace(shards / "images.part", shards / "images.npy")
+        with replacing(shards / "images.npy") as file:
+            np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape).flush()
 
 
 def make_shards(jobs: list, workers: int) -> Iterator[int]:

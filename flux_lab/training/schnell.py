@@ -16,16 +16,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from flux_lab.checkpoints import load_clip, load_t5, load_transformer
+from flux_lab.checkpoints import load_transformer
 from flux_lab.config import FLUX_SCHNELL_SCHEDULER
 from flux_lab.embeddings import get_timestep_embedding
 from flux_lab.latents import pack_latents
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, default_sigmas
-from flux_lab.training.flow import Encoders, add_options, compile_blocks, export, image_ids, predict_packed_velocity, settings_of
-from flux_lab.training.guidance import GuidanceBatches, two_passes
-from flux_lab.training.loop import train
+from flux_lab.training.flow import Encoders, add_options, image_ids, predict_packed_velocity
+from flux_lab.training.guidance import GuidanceBatches, TaughtLoss, train_student, two_passes
 from flux_lab.transformer import FluxTransformer2DModel
 
 STEPS = 4
@@ -51,13 +50,11 @@ def schnell_sigmas() -> Float[Tensor, "levels"]:
     return scheduler.sigmas
 
 
-class StepLoss(nn.Module):
+class StepLoss(TaughtLoss):
     """The student's velocity at one of its four levels against the way that the teacher goes from there to the next."""
 
     def __init__(self, transformer: FluxTransformer2DModel, teacher: FluxTransformer2DModel, encoders: Encoders):
-        super().__init__()
-        self.transformer, self.encoders = transformer, encoders
-        self.teacher = teacher.eval().requires_grad_(False)
+        super().__init__(transformer, teacher, encoders)
         self.sigmas = schnell_sigmas().tolist()
 
     def forward(
@@ -69,7 +66,7 @@ class StepLoss(nn.Module):
         no_clip: Tensor,
         no_t5: Tensor,
     ) -> dict[str, Tensor]:
-        text, without, img_ids = self.encoders(clip_ids, t5_ids), self.encoders(no_clip, no_t5), image_ids(noise)
+        (text, without), img_ids = self.texts(clip_ids, t5_ids, no_clip, no_t5), image_ids(noise)
         start = self.reached(pack_latents(noise), level, text, img_ids)
         here = torch.tensor(self.sigmas, device=noise.device)[level]
         there = torch.tensor(self.sigmas, device=noise.device)[level + 1]
@@ -122,16 +119,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    teacher, initial = (load_transformer(folder).float() for folder in (options.teacher, options.initial))
+    initial, teacher = (load_transformer(folder) for folder in (options.initial, options.teacher))
     if not initial.config.guidance_embeds:
         parser.error(f"--initial {options.initial}: expected a transformer with a guidance embedding")
-    student = without_guidance(initial, GUIDANCE).requires_grad_(True)
-    if options.compile:
-        compile_blocks(student)
-    encoders = Encoders(load_clip(options.clip), load_t5(options.t5))
-    batches = StepBatches(options.scenes, options.tokenizers, options.latents, options.batch)
-    train(StepLoss(student, teacher, encoders), batches, options.out, settings_of(options))
-    export(options.out, student)
+    train_student(StepLoss, StepBatches, without_guidance(initial.float(), GUIDANCE), teacher, options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The captions of a folder of scenes as token ids, in a file beside it, so that every stage reads the same."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux_lab.clip_tokenizer import CLIPTokenizer
+from flux_lab.files import replacing
 from flux_lab.t5_tokenizer import T5Tokenizer
 from flux_lab.training.captions import standard
 from flux_lab.training.scenes import read_captions
@@ -35,9 +35,8 @@ def caption_ids(scenes: Path, tokenizers: Path) -> CaptionIds:
             if (file.metadata() or {}).get("made_from") == made_from:
                 return CaptionIds(*(file.get_tensor(name) for name in CaptionIds._fields))
     ids = _tokenize(scenes, tokenizers)
-    temporary = path.with_suffix(".part")
-    save_file(ids._asdict(), temporary, {"made_from": made_from})
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        save_file(ids._asdict(), file, {"made_from": made_from})
     return ids
 
 

@@ -11,7 +11,6 @@ import argparse
 import io
 import itertools
 import json
-import os
 import shutil
 import string
 import tempfile
@@ -24,6 +23,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 
+from flux_lab.files import replacing
 from flux_lab.training.scenes import read_captions
 
 CLIP_LENGTH, T5_LENGTH = 77, 32
@@ -211,12 +211,10 @@ def write_tokenizers(out: Path, texts: Sequence[str], clip_size: int = CLIP_SIZE
     """Write `tokenizer/` and `tokenizer_2/` into `out`; returns the sizes of the vocabularies."""
     sizes = {}
     for name, write, size in tqdm((("tokenizer", write_clip, clip_size), ("tokenizer_2", write_t5, t5_size)), unit="vocabulary"):
-        part = Path(out) / f"{name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        sizes[name] = write(part, texts, size)
-        shutil.rmtree(Path(out) / name, ignore_errors=True)
-        os.replace(part, Path(out) / name)
+        with replacing(Path(out) / name) as folder:
+            folder.mkdir(parents=True)
+            sizes[name] = write(folder, texts, size)
+            shutil.rmtree(Path(out) / name, ignore_errors=True)
     return sizes
 
 

@@ -13,7 +13,6 @@ with 16 channels, or SD 1.5's 4).
 import argparse
 import dataclasses
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from flux_lab import shapes
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import save_model
 from flux_lab.config import MINI_VAE, AutoencoderKLConfig
+from flux_lab.files import replacing
 from flux_lab.sd15.config import MINI_SD_VAE
 from flux_lab.training.loop import Settings, is_main_process, load_trained, train
 from flux_lab.training.scenes import read_images
@@ -119,9 +119,8 @@ def export(out: Path, config: AutoencoderKLConfig, images: np.ndarray) -> Autoen
         return vae.config
     save_model(vae.cpu(), out / "vae")
     scaled = (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-    temporary = out / "latents.safetensors.part"
-    save_file({"latents": scaled.half().contiguous()}, temporary)
-    os.replace(temporary, out / "latents.safetensors")
+    with replacing(out / "latents.safetensors") as file:
+        save_file({"latents": scaled.half().contiguous()}, file)
     return vae.config
 
 
