@@ -7,7 +7,7 @@ import pytest
 
 from flux_lab import latents
 from flux_lab.instruments import source
-from flux_lab.instruments.source import without_docstrings
+from flux_lab.instruments.source import Listing, without_docstrings
 from flux_lab.latents import pack_latents
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
 
@@ -68,7 +68,13 @@ def test_docstrings_are_dropped_and_nothing_else() -> None:
 def test_markdown_survives_backticks() -> None:
     listing = source(test_markdown_survives_backticks)
     assert "```" in listing.code
-    assert listing._repr_markdown_().splitlines()[1] == "````python"
+    assert listing._repr_markdown_().splitlines()[3] == "````python"
+    assert listing._repr_markdown_().splitlines()[-3] == "````"
+
+
+def test_markdown_is_as_wide_as_the_code() -> None:
+    assert '<div style="min-width: 62em">' in Listing("a" * 20 + "\n" + "b" * 100, "somewhere")._repr_markdown_()
+    assert '<div style="min-width: 0em">' in Listing("", "somewhere")._repr_markdown_()
 
 
 @pytest.mark.parametrize("thing", [len, 3, [1]])

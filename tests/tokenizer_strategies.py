@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 REPOSITORY = Path(__file__).parents[1]
 CAPTIONS = [
@@ -71,31 +69,28 @@ def characters_of(block: str) -> list[str]:
     return [character for character in found if unicodedata.category(character) not in ("Cn", "Cs")]
 
 
-def texts(max_size: int = 12) -> st.SearchStrategy[str]:
-    """Assigned code points of many scripts, emoji, combining marks, right-to-left, control characters, special tokens; sometimes empty."""
-    anything = st.characters(exclude_categories=["Cn", "Cs"])
-    words = [st.text(st.sampled_from(characters_of(block)), max_size=6) for block in BLOCKS.values()]
-    ascii_word = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=8)
-    part = st.one_of(
-        *words, ascii_word, st.text(anything, max_size=5), *map(st.sampled_from, (CAPTIONS, SPECIAL, EMOJI, [" ", "  ", "\n"]))
-    )
-    return st.lists(part, max_size=max_size).map("".join)
+@cache
+def assigned() -> list[str]:
+    """Every assigned code point but surrogates."""
+    return [chr(point) for point in range(0x110000) if unicodedata.category(chr(point)) not in ("Cn", "Cs")]
+
+
+def random_text(rng: random.Random) -> str:
+    """Up to 12 parts: words of many scripts, any code points, emoji, right-to-left, control characters, special tokens; sometimes none."""
+    letters = [*map(characters_of, BLOCKS.values()), list(map(chr, range(33, 127))), assigned()]
+    parts = [CAPTIONS, SPECIAL, EMOJI, [" ", "  ", "\n"]]
+    text = ""
+    for _ in range(rng.randint(0, 12)):
+        chosen = rng.choice([*letters, *parts])
+        text += rng.choice(chosen) if any(chosen is part for part in parts) else "".join(rng.choices(chosen, k=rng.randint(0, 7)))
+    return text
 
 
 @cache
 def many_texts(count: int) -> list[str]:
     """The same `count` texts in every run."""
-    collected = []
-
-    @settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-    )
-    @given(texts())
-    def collect(text):
-        collected.append(text)
-
-    collect()
-    return collected
+    rng = random.Random(0)
+    return [random_text(rng) for _ in range(count)]
 
 
 def long_texts() -> list[str]:
@@ -191,5 +186,5 @@ def unigram_folder(folder: Path, pieces: int = 8000) -> Path:
 
 def every_code_point() -> list[str]:
     """Every assigned code point, inside a word and alone, 50 in a text; private use is left out, being 137,000 of one kind."""
-    assigned = [chr(point) for point in range(0x110000) if unicodedata.category(chr(point)) not in ("Cn", "Cs", "Co")]
-    return [" ".join(f"a{character}b {character}" for character in assigned[start : start + 50]) for start in range(0, len(assigned), 50)]
+    public = [character for character in assigned() if unicodedata.category(character) != "Co"]
+    return [" ".join(f"a{character}b {character}" for character in public[start : start + 50]) for start in range(0, len(public), 50)]

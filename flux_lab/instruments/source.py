@@ -2,12 +2,14 @@
 
 import ast
 import inspect
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+EM = 0.62  # the width of a character of code, in sizes of the text's letters, and a little more
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -19,8 +21,10 @@ class Listing:
     place: str
 
     def _repr_markdown_(self) -> str:
+        """The code at its full width: JupyterLab breaks longer lines in the middle of a word, but scrolls what is wide."""
         fence = "````" if "```" in self.code else "```"
-        return f"**{self.place}**\n{fence}python\n{self.code}\n{fence}"
+        width = math.ceil(EM * max(map(len, self.code.splitlines()), default=0))
+        return f'**{self.place}**\n<div style="min-width: {width}em">\n\n{fence}python\n{self.code}\n{fence}\n\n</div>'
 
     def __repr__(self) -> str:
         return f"# {self.place}\n{self.code}"

@@ -20,6 +20,7 @@ TOKEN = "flux-lab-tests"
 START_SECONDS = 60
 RUN_SECONDS = 600
 CHANGE_SECONDS = 60
+VIEWPORT = {"width": 1300, "height": 900}
 PIECE, TOOLBARS = 2400, 150  # pixels of a notebook on one screenshot, and of what stands above it
 ERROR = "application/vnd.jupyter.error"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -187,11 +188,23 @@ def browse() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def open_lesson(page: Page, url: str, name: str) -> Iterator[Lesson]:
-    """Open a notebook and wait for its kernel; shut the kernel down at the end."""
-    page.goto(f"{url}/lab/tree/{name}?reset&token={TOKEN}")
+def open_lab(browser: Browser, url: str) -> Iterator[Page]:
+    """JupyterLab with no notebook open, ready for commands."""
+    with contextlib.closing(browser.new_page(viewport=VIEWPORT)) as page:
+        page.goto(f"{url}/lab?reset&token={TOKEN}")
+        page.wait_for_function("() => window.jupyterapp?.commands.hasCommand('docmanager:open')", timeout=START_SECONDS * 1000)
+        page.evaluate("() => window.jupyterapp.restored.then(() => null)")
+        yield page
+
+
+@contextlib.contextmanager
+def open_lesson(page: Page, name: str) -> Iterator[Lesson]:
+    """Open a notebook and wait for its kernel; at the end shut the kernel down and close the notebook, as it was before."""
+    page.set_viewport_size(VIEWPORT)
+    page.evaluate("path => window.jupyterapp.commands.execute('docmanager:open', {path}).then(() => null)", name)
     page.wait_for_function(READY, timeout=START_SECONDS * 1000)
     try:
         yield Lesson(page, name)
     finally:
         page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        page.evaluate("() => window.jupyterapp.shell.currentWidget.dispose()")

@@ -1,6 +1,5 @@
 """Every lesson as a learner meets it: opened in JupyterLab, run, every control moved, its hints and solutions unfolded."""
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from pathlib import Path
 import lab
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Page
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -58,20 +57,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with lab.browse() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    with contextlib.closing(browser.new_page(viewport={"width": 1300, "height": 900})) as page:
+def page(url: str) -> Iterator[Page]:
+    """One JupyterLab for all lessons, which are opened and closed in it one after the other."""
+    with lab.browse() as browser, lab.open_lab(browser, url) as page:
         yield page
 
 
 @pytest.mark.parametrize("name", ["good.ipynb", *NOTEBOOKS])
-def test_lesson_works_in_jupyterlab(page: Page, url: str, name: str) -> None:
-    with lab.open_lesson(page, url, name) as lesson:
+def test_lesson_works_in_jupyterlab(page: Page, name: str) -> None:
+    with lab.open_lesson(page, name) as lesson:
         outputs = lesson.run_all()
         lesson.screenshot(SCREENSHOTS / f"{Path(name).stem}.png")
         assert lab.errors(outputs) == []
@@ -87,14 +81,14 @@ def test_lesson_works_in_jupyterlab(page: Page, url: str, name: str) -> None:
             assert content.is_visible()
 
 
-def test_error_in_a_cell_is_seen(page: Page, url: str) -> None:
-    with lab.open_lesson(page, url, "failing.ipynb") as lesson:
+def test_error_in_a_cell_is_seen(page: Page) -> None:
+    with lab.open_lesson(page, "failing.ipynb") as lesson:
         assert lab.errors(lesson.run_all()) == ["cell 2: ZeroDivisionError: division by zero"]
 
 
-def test_control_without_effect_or_with_an_error_is_seen(page: Page, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_without_effect_or_with_an_error_is_seen(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "CHANGE_SECONDS", 2)
-    with lab.open_lesson(page, url, "bad_controls.ipynb") as lesson:
+    with lab.open_lesson(page, "bad_controls.ipynb") as lesson:
         assert lab.errors(lesson.run_all()) == []
         faults = [lesson.move(control) for control in lesson.controls()]
         assert faults == [None, "dead: the picture did not change", "word: ValueError: no such colour"]
