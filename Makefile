@@ -104,5 +104,5 @@ stale: setup ## name the notebooks that are older than their source
 	$(PY) notebooks/build.py --check
 
 clean: ## remove outputs and caches; .venv is kept
-	rm -rf outputs build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf outputs build dist .pytest_cache .ruff_cache
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +

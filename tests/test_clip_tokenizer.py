@@ -5,7 +5,7 @@ import shutil
 import unicodedata
 
 import pytest
-import tokenizer_strategies as strategies
+import tokenizer_texts
 import torch
 import transformers
 
@@ -17,7 +17,7 @@ VOCABULARIES = ["OpenAI, vocab.json", "OpenAI, tokenizer.json", "miniature"]
 
 @pytest.fixture(scope="session")
 def openai_folder(tmp_path_factory):
-    return strategies.openai_clip_folder(tmp_path_factory.mktemp("clip") / "vocab_json")
+    return tokenizer_texts.openai_clip_folder(tmp_path_factory.mktemp("clip") / "vocab_json")
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def pair(openai_folder, tmp_path_factory):
 
     def make(name):
         if name not in made:
-            folder = strategies.miniature_folder("tokenizer") if name == "miniature" else openai_folder
+            folder = tokenizer_texts.miniature_folder("tokenizer") if name == "miniature" else openai_folder
             reference = transformers.CLIPTokenizer.from_pretrained(folder)
             if name == "OpenAI, tokenizer.json":
                 folder = tmp_path_factory.mktemp("clip") / "tokenizer_json"
@@ -46,26 +46,26 @@ def openai(pair):
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_of_500_texts(pair, name):
-    assert strategies.first_difference(*pair(name), strategies.many_texts(500)) is None
+    assert tokenizer_texts.first_difference(*pair(name), tokenizer_texts.many_texts(500)) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_of_20000_texts(pair, name):
-    texts = strategies.many_texts(20_000)
+    texts = tokenizer_texts.many_texts(20_000)
     assert len(texts) == 20_000
-    assert strategies.first_difference(*pair(name), texts) is None
+    assert tokenizer_texts.first_difference(*pair(name), texts) is None
 
 
 @pytest.mark.slow
 def test_ids_of_every_assigned_code_point(openai):
-    assert strategies.first_difference(*openai, strategies.every_code_point()) is None
+    assert tokenizer_texts.first_difference(*openai, tokenizer_texts.every_code_point()) is None
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_of_long_texts(pair, name):
-    assert all(len(text) > 10_000 for text in strategies.long_texts())
-    assert strategies.first_difference(*pair(name), strategies.long_texts()) is None
+    assert all(len(text) > 10_000 for text in tokenizer_texts.long_texts())
+    assert tokenizer_texts.first_difference(*pair(name), tokenizer_texts.long_texts()) is None
 
 
 def test_one_long_word_is_not_quadratic(openai, monkeypatch):
@@ -86,7 +86,7 @@ def test_one_long_word_is_not_quadratic(openai, monkeypatch):
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_padding_and_truncation(pair, name, max_length):
     ours, reference = pair(name)
-    texts = ["", *strategies.CAPTIONS, "a red cube <|endoftext|> and more", " ".join(["sphere"] * 90)]
+    texts = ["", *tokenizer_texts.CAPTIONS, "a red cube <|endoftext|> and more", " ".join(["sphere"] * 90)]
     expected = reference(texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt").input_ids
     got = ours(texts, max_length=max_length)
     assert got.dtype == torch.int64
@@ -102,7 +102,7 @@ def test_the_folder_gives_the_default_length(pair):
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_decode(pair, name):
     ours, reference = pair(name)
-    for text in [*strategies.many_texts(500)[::5], *strategies.CAPTIONS]:
+    for text in [*tokenizer_texts.many_texts(500)[::5], *tokenizer_texts.CAPTIONS]:
         ids = ours.encode(text)
         assert ours.decode(ids) == reference.decode(ids)
         assert ours.decode(ids[1:-1][:3]) == reference.decode(ids[1:-1][:3])  # may end inside a character
@@ -140,8 +140,12 @@ def test_special_tokens_as_the_configuration_says(openai_folder, tmp_path, name,
     path = tmp_path / ("special_tokens_map.json" if as_map else "tokenizer_config.json")
     path.write_text(json.dumps(CONFIGS[name]) if not as_map else json.dumps(CONFIGS[name]).replace('"__type": "AddedToken", ', ""))
     ours, reference = CLIPTokenizer.from_pretrained(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    texts = [*strategies.many_texts(500)[::5], "Hi ! there!", "one  <|endoftext|> \n two <|startoftext|> <|endoftext|><|ENDOFTEXT|>three"]
-    assert strategies.first_difference(ours, reference, texts) is None
+    texts = [
+        *tokenizer_texts.many_texts(500)[::5],
+        "Hi ! there!",
+        "one  <|endoftext|> \n two <|startoftext|> <|endoftext|><|ENDOFTEXT|>three",
+    ]
+    assert tokenizer_texts.first_difference(ours, reference, texts) is None
     assert ours.pad_token_id == reference.pad_token_id
     assert ours.model_max_length == 77
 
@@ -173,7 +177,7 @@ def test_parity_fails_on_a_planted_bug(openai, monkeypatch, bug):
     name, wrong = BUGS[bug]
     monkeypatch.setattr(clip_tokenizer, "_true_kind", clip_tokenizer._kind, raising=False)
     monkeypatch.setattr(clip_tokenizer, name, wrong)
-    assert strategies.first_difference(*openai, strategies.many_texts(500)) is not None
+    assert tokenizer_texts.first_difference(*openai, tokenizer_texts.many_texts(500)) is not None
 
 
 def test_explain_shows_every_step(openai):
@@ -196,7 +200,7 @@ def test_explain_shows_every_step(openai):
 
 
 def test_stages_end_in_the_pieces(openai):
-    for text in strategies.many_texts(500)[::10]:
+    for text in tokenizer_texts.many_texts(500)[::10]:
         for word in openai[0].explain(text).words:
             assert list(word.stages())[-1] == word.pieces
 
@@ -223,7 +227,7 @@ def test_combining_marks_younger_than_the_reference(openai):
     """U+0EBA came with Unicode 12; Python's NFC would sort it after U+0335."""
     text = "a\u0eba\u0335"
     assert unicodedata.normalize("NFC", text) != text
-    assert strategies.first_difference(*openai, [text, "\u0e38\u0eba", "\U00011935\U00011930"]) is None
+    assert tokenizer_texts.first_difference(*openai, [text, "\u0e38\u0eba", "\U00011935\U00011930"]) is None
 
 
 @pytest.mark.parametrize(

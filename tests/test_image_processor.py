@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor as ReferenceProcessor
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from flux_lab import image_processor
@@ -96,11 +94,10 @@ def test_preprocess_does_not_resize_when_told():
     assert assert_same_tensor(torch.rand(1, 3, 9, 13), do_resize=False).shape == (1, 3, 9, 13)
 
 
-@given(height=st.integers(8, 90), width=st.integers(8, 90), new_height=st.integers(8, 90), new_width=st.integers(8, 90))
-@settings(max_examples=40, deadline=None, derandomize=True)
-def test_preprocess_any_size(height, width, new_height, new_width):
-    assert_same_tensor(random_pil("RGB", height, width), new_height, new_width)
-    assert_same_tensor(torch.rand(1, 3, height, width), new_height, new_width)
+def test_preprocess_any_size():
+    for height, width, new_height, new_width in np.random.default_rng(0).integers(8, 91, (40, 4)).tolist():
+        assert_same_tensor(random_pil("RGB", height, width), new_height, new_width)
+        assert_same_tensor(torch.rand(1, 3, height, width), new_height, new_width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-import tokenizer_strategies as strategies
+import tokenizer_texts
 import torch
 import transformers
 from transformers.convert_slow_tokenizer import SentencePieceExtractor
@@ -19,7 +19,7 @@ VOCABULARIES = ["8,000 pieces, spiece.model", "8,000 pieces, tokenizer.json", "m
 
 @pytest.fixture(scope="session")
 def spiece_folder(tmp_path_factory):
-    return strategies.unigram_folder(tmp_path_factory.mktemp("t5") / "spiece", pieces=8000)
+    return tokenizer_texts.unigram_folder(tmp_path_factory.mktemp("t5") / "spiece", pieces=8000)
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def pair(spiece_folder, tmp_path_factory):
 
     def make(name):
         if name not in made:
-            folder = strategies.miniature_folder("tokenizer_2") if name == "miniature" else spiece_folder
+            folder = tokenizer_texts.miniature_folder("tokenizer_2") if name == "miniature" else spiece_folder
             reference = transformers.T5TokenizerFast.from_pretrained(folder)
             if name == "8,000 pieces, tokenizer.json":
                 folder = tmp_path_factory.mktemp("t5") / "tokenizer_json"
@@ -48,26 +48,26 @@ def trained(pair):
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_of_500_texts(pair, name):
-    assert strategies.first_difference(*pair(name), strategies.many_texts(500)) is None
+    assert tokenizer_texts.first_difference(*pair(name), tokenizer_texts.many_texts(500)) is None
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_of_20000_texts(pair, name):
-    texts = strategies.many_texts(20_000)
+    texts = tokenizer_texts.many_texts(20_000)
     assert len(texts) == 20_000
-    assert strategies.first_difference(*pair(name), texts) is None
+    assert tokenizer_texts.first_difference(*pair(name), texts) is None
 
 
 @pytest.mark.slow
 def test_ids_of_every_assigned_code_point(trained):
-    assert strategies.first_difference(*trained, strategies.every_code_point()) is None
+    assert tokenizer_texts.first_difference(*trained, tokenizer_texts.every_code_point()) is None
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_ids_of_long_texts(pair, name):
-    assert all(len(text) > 10_000 for text in strategies.long_texts())
-    assert strategies.first_difference(*pair(name), strategies.long_texts()) is None
+    assert all(len(text) > 10_000 for text in tokenizer_texts.long_texts())
+    assert tokenizer_texts.first_difference(*pair(name), tokenizer_texts.long_texts()) is None
 
 
 def test_one_long_word_is_not_quadratic(trained):
@@ -80,7 +80,7 @@ def test_one_long_word_is_not_quadratic(trained):
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_padding_and_truncation(pair, name, max_length):
     ours, reference = pair(name)
-    texts = ["", *strategies.CAPTIONS, "a red cube </s> and more", " ".join(["sphere"] * 600)]
+    texts = ["", *tokenizer_texts.CAPTIONS, "a red cube </s> and more", " ".join(["sphere"] * 600)]
     expected = reference(texts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt").input_ids
     got = ours(texts, max_length=max_length)
     assert got.dtype == torch.int64
@@ -97,7 +97,7 @@ def test_the_folder_gives_the_default_length(pair, name):
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_decode(pair, name):
     ours, reference = pair(name)
-    for text in [*strategies.many_texts(500)[::5], *strategies.CAPTIONS]:
+    for text in [*tokenizer_texts.many_texts(500)[::5], *tokenizer_texts.CAPTIONS]:
         ids = ours.encode(text)
         assert ours.decode(ids) == reference.decode(ids, clean_up_tokenization_spaces=False)
     assert ours.decode(torch.tensor(ours.encode("a red cube"))[:-1]) == "a red cube"
@@ -128,8 +128,8 @@ def test_special_tokens_as_the_configuration_says(spiece_folder, tmp_path, name)
     shutil.copy(spiece_folder / "spiece.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(CONFIGS[name]))
     ours, reference = T5Tokenizer.from_pretrained(tmp_path), transformers.T5TokenizerFast.from_pretrained(tmp_path)
-    texts = [*strategies.many_texts(500)[::5], "a <extra_id_0> \u3000b", "<extra_id_5><extra_id_99>  </s> x", " <extra_id_1> "]
-    assert strategies.first_difference(ours, reference, texts) is None
+    texts = [*tokenizer_texts.many_texts(500)[::5], "a <extra_id_0> \u3000b", "<extra_id_5><extra_id_99>  </s> x", " <extra_id_1> "]
+    assert tokenizer_texts.first_difference(ours, reference, texts) is None
     assert ours.model_max_length == 512
 
 
@@ -155,7 +155,10 @@ def test_parity_fails_on_a_planted_bug(spiece_folder, trained, monkeypatch, bug)
     name, wrong = BUGS[bug]
     owner, _, attribute = name.rpartition(".")
     monkeypatch.setattr(getattr(t5_tokenizer, owner) if owner else t5_tokenizer, attribute, wrong)
-    assert strategies.first_difference(T5Tokenizer.from_pretrained(spiece_folder), trained[1], strategies.many_texts(500)) is not None
+    assert (
+        tokenizer_texts.first_difference(T5Tokenizer.from_pretrained(spiece_folder), trained[1], tokenizer_texts.many_texts(500))
+        is not None
+    )
 
 
 def test_explain_shows_every_step(trained):
