@@ -140,11 +140,8 @@ def test_special_tokens_as_the_configuration_says(openai_folder, tmp_path, name,
     path = tmp_path / ("special_tokens_map.json" if as_map else "tokenizer_config.json")
     path.write_text(json.dumps(CONFIGS[name]) if not as_map else json.dumps(CONFIGS[name]).replace('"__type": "AddedToken", ', ""))
     ours, reference = CLIPTokenizer.from_pretrained(tmp_path), transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    texts = [
-        *tokenizer_texts.many_texts(500)[::5],
-        "Hi ! there!",
-        "one  <|endoftext|> \n two <|startoftext|> <|endoftext|><|ENDOFTEXT|>three",
-    ]
+    texts = tokenizer_texts.many_texts(500)[::5]
+    texts += ["Hi ! there!", "one  <|endoftext|> \n two <|startoftext|> <|endoftext|><|ENDOFTEXT|>three"]
     assert tokenizer_texts.first_difference(ours, reference, texts) is None
     assert ours.pad_token_id == reference.pad_token_id
     assert ours.model_max_length == 77
