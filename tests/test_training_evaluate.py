@@ -184,10 +184,21 @@ def test_conflict_counts_whose_facts_the_pictures_show(monkeypatch):
     assert found["right"]["prompt"] < 1
 
 
-def test_pictures_that_are_equal_have_no_diversity():
-    images = np.random.default_rng(0).integers(0, 256, (2, 1, 4, 4, 3), dtype=np.uint8).repeat(3, axis=1)
-    assert behaviour.diversity(images) == 0
-    assert behaviour.diversity(np.stack([images[0], 0 * images[0]], axis=1)) > 10
+def test_diversity_is_how_often_seeds_differ_in_what_the_prompt_leaves_open():
+    def scene(size, floor):
+        cube = captions.StatedObject(shape="cube", color="red", size=size, material="shiny")
+        return captions.Stated(objects=(cube,), floor=floor)
+
+    cube = captions.StatedObject(shape="cube", color="red", material="matte")
+    open_floor = captions.Caption("", captions.Stated(objects=(cube,)))
+    on_grass = captions.Caption("", captions.Stated(objects=(cube,), floor="grassy"))
+    seeds = [scene("small", "gray"), scene("small", "sandy"), scene("large", "gray")]
+    assert behaviour.diversity([open_floor], [seeds]) == 4 / 6
+    assert behaviour.diversity([on_grass], [seeds]) == 2 / 3
+    assert behaviour.diversity([open_floor], [seeds[:1] * 3]) == 0
+    everything = captions.Caption("", scene("small", "gray"))
+    assert behaviour.diversity([everything], [seeds]) is None
+    assert behaviour.diversity([everything, on_grass], [seeds, seeds]) == 2 / 3
 
 
 # ---- the command, its report and the model card -------------------------------------------------------------------------

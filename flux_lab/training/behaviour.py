@@ -5,6 +5,7 @@ Measured by `python -m flux_lab.training.evaluate --behaviour PROMPTS`.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from flux_lab import shapes
 from flux_lab.pipeline import FluxPipeline
-from flux_lab.training.captions import Caption
+from flux_lab.training.captions import ATTRIBUTES, Caption, Stated
 from flux_lab.training.flow import predict_velocity
 from flux_lab.training.obedience import score
 from flux_lab.training.reader import Reader, read_attributes
@@ -70,21 +71,32 @@ def share_right(scores: Sequence[dict[str, bool]]) -> float:
     return sum(rights) / len(rights)
 
 
-def diversity(images: UInt8[np.ndarray, "prompts seeds height width 3"]) -> float:
-    """How far pictures of one prompt from several seeds lie apart: the standard deviation of a colour value, of 255, averaged."""
-    return float(images.astype(np.float32).std(axis=1).mean())
+def left_open(stated: Stated, shown: Stated) -> dict[str, Any]:
+    """What a picture shows of the things that its text does not say: the floor, and the attributes that it states of no object."""
+    names = [name for name in ATTRIBUTES if not any(getattr(each, name) for each in stated.objects)]
+    found = {name: sorted(getattr(each, name) for each in shown.objects) for name in names}
+    return found if stated.floor else found | {"floor": shown.floor}
 
 
-def guidance_sweep(generate: Generate, reader: Reader, stated: Sequence[Caption], seeds: int = 4) -> dict[str, dict[str, float]]:
+def diversity(stated: Sequence[Caption], shown: Sequence[Sequence[Stated]]) -> float | None:
+    """How often two seeds differ in a thing that the prompt leaves open; None when no prompt leaves any. `shown`: prompts x seeds."""
+    pairs = [
+        pair for each, seeds in zip(stated, shown, strict=True) for pair in combinations([left_open(each.stated, one) for one in seeds], 2)
+    ]
+    differ = [one[name] != other[name] for one, other in pairs for name in one]
+    return sum(differ) / len(differ) if differ else None
+
+
+def guidance_sweep(generate: Generate, reader: Reader, stated: Sequence[Caption], seeds: int = 4) -> dict[str, dict[str, float | None]]:
     """Guidance scale -> the share of stated facts that are right, and the diversity over seeds. Every prompt is drawn `seeds` times."""
     repeated = [each for each in stated for _ in range(seeds)]
     found = {}
     for guidance in GUIDANCES:
-        images = generate([each.text for each in repeated], guidance_scale=guidance)
-        rights = [score(each.stated, shown) for each, shown in zip(repeated, read_attributes(reader, images), strict=True)]
+        shown = read_attributes(reader, generate([each.text for each in repeated], guidance_scale=guidance))
+        rights = [score(each.stated, one) for each, one in zip(repeated, shown, strict=True)]
         found[f"{guidance:g}"] = {
             "right": share_right(rights),
-            "diversity": diversity(images.reshape(len(stated), seeds, *images.shape[1:])),
+            "diversity": diversity(stated, [shown[start : start + seeds] for start in range(0, len(shown), seeds)]),
         }
     return found
 

@@ -108,11 +108,14 @@ def behaviour_section(report: dict[str, Any]) -> str:
     parts = [
         blocks,
         table(("weakest blocks", "largest change"), [(name, percent(strongest[name])) for name in weakest]),
-        f"Stated facts that are right, over {found['prompts']} prompts, while one knob is turned; diversity is the standard deviation\n"
-        "of a colour value, of 255, over four seeds of one prompt.",
+        f"Stated facts that are right, over {found['prompts']} prompts, while one knob is turned; diversity is how often two\n"
+        "of four seeds differ in a thing that the prompt leaves open: the floor, all sizes, all materials.",
         table(
             ("guidance", "facts right", "diversity"),
-            [(scale, percent(each["right"]), f"{each['diversity']:.1f}") for scale, each in found["guidance"].items()],
+            [
+                (scale, percent(each["right"]), "" if each["diversity"] is None else percent(each["diversity"]))
+                for scale, each in found["guidance"].items()
+            ],
         ),
         table(("steps", "facts right"), [(steps, percent(right)) for steps, right in found["steps"].items()]),
         f"When `prompt` (CLIP) and `prompt_2` (T5) say different scenes, {percent(both['right']['prompt'])} of the facts of `prompt` and\n"
