@@ -80,10 +80,8 @@ def left_open(stated: Stated, shown: Stated) -> dict[str, Any]:
 
 def diversity(stated: Sequence[Caption], shown: Sequence[Sequence[Stated]]) -> float | None:
     """How often two seeds differ in a thing that the prompt leaves open; None when no prompt leaves any. `shown`: prompts x seeds."""
-    pairs = [
-        pair for each, seeds in zip(stated, shown, strict=True) for pair in combinations([left_open(each.stated, one) for one in seeds], 2)
-    ]
-    differ = [one[name] != other[name] for one, other in pairs for name in one]
+    found = [[left_open(each.stated, one) for one in seeds] for each, seeds in zip(stated, shown, strict=True)]
+    differ = [one[name] != other[name] for seeds in found for one, other in combinations(seeds, 2) for name in one]
     return sum(differ) / len(differ) if differ else None
 
 

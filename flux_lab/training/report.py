@@ -109,7 +109,7 @@ def behaviour_section(report: dict[str, Any]) -> str:
         blocks,
         table(("weakest blocks", "largest change"), [(name, percent(strongest[name])) for name in weakest]),
         f"Stated facts that are right, over {found['prompts']} prompts, while one knob is turned; diversity is how often two\n"
-        "of four seeds differ in a thing that the prompt leaves open: the floor, all sizes, all materials.",
+        "of four seeds differ in what the prompt leaves open: the floor, or an attribute that it states of no object.",
         table(
             ("guidance", "facts right", "diversity"),
             [
