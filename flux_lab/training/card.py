@@ -108,8 +108,13 @@ STAGES = (
     ),
     Stage(
         "deepened2",
-        "the deep one learns to say the same again",
+        "the deep one learns again what the shallow one says",
         f"deepen {flow_options('deepened2')} --initial runs/deepened/transformer --teacher runs/{{teacher}}/transformer",
+    ),
+    Stage(
+        "deepened3",
+        "and again, at a lower rate",
+        f"deepen {flow_options('deepened3')} --initial runs/deepened2/transformer --teacher runs/{{teacher}}/transformer",
     ),
     Stage(
         "schnell",
