@@ -77,8 +77,8 @@ def obedience_section(report: dict[str, Any]) -> str:
     true_cfg = f", true CFG {settings['true_cfg']:g}" if settings["true_cfg"] > 1 else ""
     return (
         f"{settings['prompts']} prompts ({settings['combinations']} combinations), {settings['steps']} steps, "
-        f"guidance {settings['guidance']:g}{true_cfg}, {settings['seconds_per_picture']:.2f} s a picture on {settings['hardware']}. "
-        "Only what a prompt states is scored; a pair is right when both objects are.\n\n" + table(header, rows)
+        f"guidance {settings['guidance']:g}{true_cfg}, {settings['seconds_per_picture']:.2f} s a picture on {settings['hardware']}, "
+        "with whatever else it did. Only what a prompt states is scored; a pair is right when both objects are.\n\n" + table(header, rows)
     )
 
 

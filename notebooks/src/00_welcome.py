@@ -457,7 +457,7 @@ show(
 wish = "a small green cone in front of a large purple cylinder on the sand"
 
 
-def draw(prompt=wish, seed=0, steps=8, guidance=3.5):
+def draw(prompt=wish, seed=1, steps=8, guidance=3.5):
     images = pipe(
         prompt,
         num_inference_steps=steps,
@@ -484,7 +484,7 @@ explore(
 
 # %%
 strangers = ["a cat riding a bicycle", "a red sphere", "three red spheres", ""]
-noises = [seeded(3) for _ in strangers]
+noises = [seeded(1) for _ in strangers]
 images = pipe(strangers, num_inference_steps=8, generator=noises).images
 show(
     plots.gallery(images, [prompt or "(empty prompt)" for prompt in strangers]),
@@ -492,8 +492,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: only "a red sphere" belongs to its world. For the others it draws *something*: a table top with
-# objects, because it has never seen anything else. The real model does the same, in a much larger world.
+# *What to see*: only "a red sphere" belongs to its world, which does not mean that it draws it well. For the others
+# it draws *something*: a table top with objects, because it has never seen anything else. The real model does the
+# same, in a much larger world.
 #
 # ## Break it
 #
@@ -514,10 +515,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the words are the same three times, the pictures are not. The noise decides what the words leave open,
-# and the network counts on its strength: at $\sigma = 1$ it was only ever shown noise with a standard deviation of 1.
-# What it makes of anything else is luck. And zeros decide nothing: with them, every seed ends in the one picture on the
-# right.
+# *What to see*: the words are the same three times: compare places and shapes. The words decide much, the noise only
+# what they leave open. The network counts on the noise's strength, too: at $\sigma = 1$ it was only ever shown noise
+# with a standard deviation of 1, so nothing promises a good picture from anything else. And zeros decide nothing:
+# with them, every seed ends in the one picture on the right.
 #
 # ## Common misreadings
 #

@@ -562,9 +562,9 @@ for name in vectors:
     )
 
 # %% [markdown]
-# *What to see*: CLIP's vector, in blue, is good at colours and the floor, weak at shapes and the relation. From T5's vector
-# of *one* noun nearly all can be read without error, the other object's attributes too; only the floor is hard. Attention
-# has carried the sentence into each word. The small movements above were clear signals.
+# *What to see*: CLIP's vector, in blue, is good at colours and the floor, weak at shapes and the relation. From T5's
+# vector of *one* noun nearly all can be read with few errors, the other object's attributes too; the floor is the
+# hardest. Attention has carried the sentence into each word. The small movements above were clear signals.
 #
 # ## What the pipeline takes
 #
@@ -603,9 +603,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: in the outer two, both encoders read the same. Compare the inner two with them: does the picture follow
-# CLIP's prompt or T5's, for the floor, the colour, the shape? The miniature's world is small: you saw that one vector can
-# hold most of a caption. A long prompt for FLUX.1-dev has more to say. Lesson 10 measures the conflict.
+# *What to see*: in the outer two, both encoders read the same. Compare the inner two with them: does the picture
+# follow CLIP's prompt or T5's, for the floor, the colour, the shape? You saw that one vector can hold most of a
+# caption of this small world. Whether the network listens to it is another question. A long prompt for FLUX.1-dev has
+# more to say. Lesson 10 measures the conflict.
 #
 # ### num_images_per_prompt
 #

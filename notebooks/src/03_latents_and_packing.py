@@ -255,8 +255,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: left, the red line is the way through the tokens, row by row. Then the three numbers of the ids: always
-# 0, the row, the column. Patches are counted, not latents and not pixels.
+# *What to see*: left, the orange line is the way through the tokens, row by row. Then the three numbers of the ids:
+# always 0, the row, the column. Patches are counted, not latents and not pixels.
 #
 # ### Where the latents come from
 #
@@ -490,8 +490,8 @@ for part in (NAMES[:3], NAMES[3:]):
 
 # %% [markdown]
 # *What to see*: where only tokens change places ("tokens by columns"), each block of 16 × 16 pixels is whole and the
-# blocks are shuffled. (channel, column, row) exchanges two neighbours in each patch: the scene stays, its edges fray.
-# In (row, column, channel) numbers land in other channels, so the colours are lost too.
+# blocks are shuffled. (channel, column, row) exchanges two corners of each patch: the scene can still be recognised,
+# but its shapes break up. In (row, column, channel) numbers land in other channels, so the colours are lost too.
 #
 # ### A wrong order on both sides
 #

@@ -142,8 +142,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: three ladders in each head, and each begins anew at 6.28 positions. FLUX.1-dev has finer rungs, not
-# longer ladders. A pair above the dotted line does not get round once within the picture.
+# *What to see*: three ladders in each head, and each begins anew at 6.28 positions. FLUX.1-dev has finer rungs, and
+# for row and column its ladders are only a little longer. A pair above the dotted line does not get round once within
+# the picture.
 #
 # ### The table
 #

@@ -167,8 +167,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: guidance and text are flat lines, because they do not depend on the time. The longest of the three
-# vectors has the most to say. The picture goes from left to right as a drawing does: from noise to image.
+# *What to see*: guidance and text are flat lines, because they do not depend on the time. A long vector weighs much
+# in the sum; what it says lies in how it changes. The picture goes from left to right as a drawing does: from noise
+# to image.
 #
 # ### Six signals
 #
@@ -286,11 +287,11 @@ explore(
 )
 
 # %% [markdown]
-# *What to see*: time runs from left to right, the data flows from top to bottom, the line parts the two kinds of block.
-# Single blocks have one set of signals for attention and MLP together; it stands in the upper panels, and the lower
-# ones are empty there. Where a row changes from left to right, the block does another job at another time. A dark row
-# in a gate panel is a block that passes the stream on unchanged. Switch to the text stream: only the double blocks
-# change; a single block tells text and image the same.
+# *What to see*: time runs from left to right, the data flows from top to bottom, the line parts the two kinds of
+# block. Single blocks have one set of signals for attention and MLP together; it stands in the upper panels, and the
+# lower ones are empty there. Where a row changes from left to right, the block does another job at another time. A
+# dark row in a gate panel is a block that adds little to the stream. The next cell counts those that add next to
+# nothing. Switch to the text stream: only the double blocks change; a single block tells text and image the same.
 
 # %%
 gates = {}
@@ -348,10 +349,11 @@ print(
 assert difference == 0
 
 # %% [markdown]
-# Not nearly the same: the same. So a model can be *grown*: train a few blocks first, put others between them with closed
-# gates, and go on training. A block whose gates have stayed near zero is one that training has not used. The miniature
-# was grown as well, from 4 + 8 blocks. Its new blocks are copies of their neighbours, and their gates were not closed but
-# given a part of the neighbour's work (`flux_lab/training/grow.py`): closed ones had stayed nearly idle.
+# Not nearly the same: the same. So a model can be *grown*: train a few blocks first, put others between them with
+# closed gates, and go on training. A block whose gates are near zero does little. The miniature was grown as well,
+# from 4 + 8 blocks. Its new blocks are copies of the block in front of them; their gates were not closed but given a
+# small part of its work (`flux_lab/training/grow.py`), because closed ones had stayed nearly idle. Look at the maps
+# again: groups of rows that look alike are one old block and its copies.
 #
 # Can a closed block learn at all? At the start the derivative of the output by the block's inner weights is zero,
 # because the gate stands in front of them. The gate's own derivative is not:
@@ -565,10 +567,11 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: every picture has the same words, seed and steps as the first. Look for grain and false patterns where
-# the network was told too little: noise that it believes in counts as picture. Look for lost detail where it was told
-# too much: it takes picture for noise. The whole scene may change too, because the first steps decide it, and there the
-# lie is largest. Told always the same number, the network is right at one point of the walk only.
+# *What to see*: every picture has the same words, seed and steps as the first. Which are grainy, and which are smooth
+# but show another scene? 0.7 σ and 0.5 are wrong from the first step on, which decides the scene: it may change. 1.3
+# σ cannot go beyond 1, and "always 1" is true at the start: there the scene can stay, and what suffers is the work of
+# later steps, edges and the last noise. Told always the same number, the network is right at one point of the walk
+# only.
 #
 # **Predict again.** We change the order of the chunks in *every* block: what the linear layer means as shift is used as
 # scale, and the other way round. Or we drop one signal. Which hurts most?

@@ -355,8 +355,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: upper chart, the two streams have scales of their own; nothing makes them equal. Middle chart, a point on
-# the zero line is a block that passes its stream on unchanged. Lower chart, $|v_\text{here} - v_\text{end}| /
+# *What to see*: upper chart, nothing makes text and image tokens equally long. Middle chart, a point near the zero
+# line is a block that hardly turns its stream: most are copies (lesson 05). Lower chart, $|v_\text{here} -
+# v_\text{end}| /
 # |v_\text{end}|$: it need not reach zero, since 38 more blocks follow.
 
 # %%
@@ -380,10 +381,12 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the first picture comes from two linear layers and a norm: each token has seen itself only, so what it
-# shows of the scene was in the latents already. The last one is the true prediction of this step. In between, look for
-# the block where the first colours of the prompt appear, and where the first shape. Pictures that look alike side by
-# side mean a block that added little *that the last layer can read*: it may have prepared something for later blocks.
+# *What to see*: the first picture comes from two linear layers and a norm: each token has seen itself only, so what
+# it shows of the scene was in the latents already. The last one is the true prediction of this step. In between, look
+# where colours of the prompt appear, and whether there is any shape yet: both may be left to the 38 blocks that
+# follow. A colour that nobody asked for means little, for the last layer reads what was not made for it. Pictures
+# that look alike side by side mean a block that added little *that the last layer can read*: it may have prepared
+# something for later blocks.
 #
 # ## The real code
 #
@@ -547,9 +550,11 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: compare each with the first. In *(a)* the words can still reach the picture, through the 38 single-stream
-# blocks and through CLIP's vector; so what is missing is what *only* these 19 blocks do. In *(b)* the words keep their
-# meaning from T5 but cannot adapt to the picture. If *(d)* changes anything, the padding mattered.
+# *What to see*: compare each with the first. In *(a)* the words can still reach the picture, through the 38
+# single-stream blocks and through CLIP's vector; what is missing shows what these two cannot make up for, with blocks
+# that were trained to get tokens which have already read the words. In *(b)* the words keep their meaning from T5 but
+# cannot adapt to the picture: does it show? If *(d)* changes little, little of what is read there matters: attention
+# is not effect.
 #
 # ## Common misreadings
 #

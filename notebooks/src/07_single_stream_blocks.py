@@ -170,9 +170,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: rows 0 to 31 are text, 32 to 95 image; the border shows, although the weights are the same. Attention
-# gives averages of values, so its rows tend to be alike. The MLP sees each row alone. GELU lets positive numbers through
-# and presses negative ones to nearly zero: its panel never gets below −0.17.
+# *What to see*: rows 0 to 31 are text, 32 to 95 image; in which panels does the border show, although the weights are
+# the same? Attention gives averages of values: rows are alike where tokens read the same places, and differ where
+# they read different ones. The MLP sees each row alone. GELU lets positive numbers through and presses negative ones
+# to nearly zero: its panel never gets below −0.17.
 #
 # ### One matrix is two
 #
@@ -221,8 +222,9 @@ for name, values in curves.items():
     )
 
 # %% [markdown]
-# *What to see*: a value of 0.1 means that this part adds a vector a tenth as long as the token. Points on the zero line are
-# blocks with a closed gate. Compare image with text: the same weights, so any difference comes from the tokens.
+# *What to see*: a value of 0.1 means that this part adds a vector a tenth as long as the token. Points near the zero
+# line are blocks whose gates are nearly closed. Compare image with text: the same weights, so any difference comes
+# from the tokens.
 #
 # ### A walk through the 38 blocks
 #
@@ -260,8 +262,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: read it like a comic strip. The last picture is what this step truly aims at. Where do the colours of the
-# objects come, where their edges? Two equal neighbours are a block that wrote nothing which the last layer reads.
+# *What to see*: read it like a comic strip. The last picture is what this step truly aims at. Where do the colours of
+# the objects come, where their edges? Two neighbours that look equal: a block that wrote next to nothing which the
+# last layer reads.
 #
 # ### What the text tokens still do
 #
@@ -568,9 +571,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: compare each with the first. In *(a)* every image token works alone: look at the borders between the 8 × 8
-# places. In *(c)* the words are still read, as they were at the start. What *(c)* and *(d)* change is what the text
-# tokens do here.
+# *What to see*: compare each with the first. In *(a)* every image token works alone in these blocks: do neighbouring
+# places still fit together, above all where an object should be? In *(c)* the words are still read, as they were at
+# the start. What *(c)* and *(d)* change is what the text tokens do here.
 #
 # ## Common misreadings
 #

@@ -180,7 +180,8 @@ top(t.table(sort="-std", filter="* ??/image"))
 top(t.table(sort="std", filter="*/gate"))
 
 # %% [markdown]
-# A stream is never replaced: every block *adds* to it. So it may grow from block to block.
+# A stream is never replaced: every block *adds* to it. So it may grow from block to block, or shrink where what is
+# added points against it.
 
 # %%
 blocks = list(named_blocks(model))
@@ -196,7 +197,8 @@ print(
 )
 
 # %% [markdown]
-# *What to see*: two curves from block to block. Flat stretches are blocks that add little. The text curve goes on to the
+# *What to see*: two curves from block to block. A step shows a block that made the stream longer or shorter. Where a
+# curve is flat, blocks add little, or they turn the tokens without making them longer. The text curve goes on to the
 # end, though nobody reads the text behind the last block.
 #
 # The same trace runs on `meta` for the sizes of FLUX.1-dev, beside it FLUX.1-schnell and the miniature. An empty cell:
@@ -519,8 +521,9 @@ print("most missed: ", ", ".join(f"{name} ({change[name]:.3f})" for name in orde
 print("least missed:", ", ".join(f"{name} ({change[name]:.3f})" for name in order[-4:]))
 
 # %% [markdown]
-# *What to see*: the longest bar of each row has its name. A block whose gates are zero changes nothing; its bar has no
-# height. Wide gates alone do not make a block important: what it adds may be undone by the next.
+# *What to see*: the longest bar of each row has its name. A block whose gates are nearly zero changes next to
+# nothing; its bar has hardly any height. Wide gates alone do not make a block important: what it adds may be undone
+# by the next.
 #
 # Now whole images. Choose a block; it is off in all 10 steps. Checks of shapes are off as well: in so small a model they
 # take a quarter of the time.

@@ -160,10 +160,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: for each level the five channels that vary most. At level 0 every pixel has its own numbers; edges and
-# surfaces of the scene can be made out. From row to row one number stands for twice as many pixels along each side. In
-# the last row one number stands for 8 × 8 pixels. Is there a channel that still looks like the picture, and one that
-# answers to something without a name?
+# *What to see*: for each level the five channels that vary most. At level 0 every pixel has its own numbers; edges
+# and surfaces of the scene can be made out. Down to level 3 one number stands for twice as many pixels along each
+# side from row to row. In the last two rows it stands for 8 × 8 pixels. Is there a channel that still looks like the
+# picture, and one that answers to something without a name?
 #
 # ### The decoder, layer by layer
 
@@ -628,8 +628,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: a seam is a jump between two columns. Cut tiles have it, blended ones do not. Blended tiles are still
-# not the whole picture:
+# *What to see*: a seam is a jump between two columns. Cut tiles have it, blended ones do not. Peaks that all three
+# curves have are edges in the picture itself. Blended tiles are still not the whole picture:
 
 # %%
 for name in ("4 tiles, cut", "tiles, blended"):
@@ -1064,7 +1064,8 @@ def join_tiles(left, right, overlap):
 #    scale + shift`.
 # 4. Sizes are floored to multiples of 16, values go from bytes to [−1, 1] and back by rounding; fine detail and what
 #    was not in the training pictures is lost.
-# 5. The largest tensor stands at full size in the decoder. Tiles bound it; overlap and blending hide the seams.
+# 5. The largest tensor stands at full size in the decoder. Tiles bound it; overlap and blending soften the seams, but
+#    a tile that sees little of the picture still comes out different.
 #
 # **Next**: the image, `[1, 3, 128, 128]` (FLUX.1-dev: `[1, 3, 1024, 1024]`), is finished, and with it the pipeline.
 # Lesson 12 goes back one generation and picks up other latents: `[1, 4, 64, 64]`, those of Stable Diffusion 1.5.

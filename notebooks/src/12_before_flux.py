@@ -784,8 +784,9 @@ show(
 
 # %% [markdown]
 # *What to see*: each map has its own scale, from nothing to its largest value; that stands above it, as a share of a
-# place's attention. A word that is understood has its peak on its own object. The two texts differ too: CLIP learned to
-# tell whole captions apart and needs no order of words for that, T5 to rebuild texts word by word.
+# place's attention. A word that is understood may have its peak on its own object. A word for the floor, such as
+# `wooden`, has no object and need not have one. The two texts differ too: CLIP learned to tell whole captions apart
+# and needs no order of words for that, T5 to rebuild texts word by word.
 #
 # How is the attention of a place divided? And does the text change?
 

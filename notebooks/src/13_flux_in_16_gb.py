@@ -190,9 +190,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: 480 channels enter this layer, 96 of the attention and 384 of the MLP. The legend says how many reach the
-# threshold. A small model may have none, which is why they were found only when models grew. We plant one to see what
-# it does:
+# *What to see*: 480 channels enter this layer, 96 of the attention and 384 of the MLP. The legend says how many reach
+# the threshold. A small model has few or none, and they hardly pass the threshold; outliers that matter were found
+# only when models grew. We plant one to see what it does:
 
 
 # %%
@@ -222,9 +222,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: without the split the other channels are rounded to ever fewer steps as one grows, and what they say is
-# lost. With the split the curve leaves the other at 6 and rises far more slowly: what is left is the rounding of the
-# weights that this one channel is multiplied with.
+# *What to see*: without the split the other channels are rounded to ever fewer steps as one grows, and what they say
+# is lost. With the split the curve leaves the other once channel 200 passes 6 and rises far more slowly: what is left
+# is the rounding of the weights that this one channel is multiplied with.
 #
 # ### 4 bits: NF4
 #
@@ -368,8 +368,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: rounding is the same everywhere, so the bars are nearly equal: about 1 % in int8, about 9 % in NF4. Do
-# these errors add up over 57 blocks and many steps, or do they cancel out? Same seed, same words:
+# *What to see*: rounding is the same everywhere, so the bars are nearly equal: below 1 % in int8, between 9 and 10 %
+# in NF4. Do these errors add up over 57 blocks and many steps, or do they cancel out? Same seed, same words:
 
 
 # %%
@@ -484,9 +484,10 @@ show(
 print("planned:", {stage.name: f"{stage.peak / 1e6:.1f} MB" for stage in planned.stages})
 
 # %% [markdown]
-# *What to see*: each stage climbs while its weights are loaded, one layer quantized after the other, and falls to nearly
-# nothing at its end. The teeth on top are activations. Compare the peaks with the plan: tests hold the two to within
-# 10 %. In the miniature the decoder is the largest stage, because its picture is large for so small a model.
+# *What to see*: each stage climbs while its weights are loaded, one layer quantized after the other, and falls to
+# nearly nothing at its end. The teeth on top are activations. Compare the peaks with the plan: tests hold the two to
+# within 10 %. In this run, with weights in 8 bits and pictures in float32, the decoder is the largest stage, because
+# its picture is large for so small a model.
 #
 # ### Offload and streaming
 #
@@ -509,7 +510,7 @@ whole = sum(parameter.nbytes for parameter in hoisted.parameters()) / 1e6
 print(f"at most {most:.2f} MB of blocks were there, of {whole:.1f} MB")
 
 # %% [markdown]
-# The same image, bit for bit, with two of 57 blocks in memory. A look at a few milliseconds of it:
+# The same image, bit for bit, with two of 57 blocks in memory. A look at a short stretch of it:
 
 # %%
 done = streamer.rows["computing thread"]  # two entries for each block: waiting, computing
@@ -529,8 +530,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: short orange bars (reading the next block) under long blue ones (computing this one). Red would be waiting.
-# Below, the memory swings between one block and two. Where red shows, reading was the slower part.
+# *What to see*: orange bars are reading the next block, blue ones below them computing this one, red ones waiting for
+# a block that was not there yet. Below, the memory: never more than two blocks. Where red shows, reading was the
+# slower part.
 #
 # `streamed(folder, memory_budget)` does this from files, `offloaded(model, device, memory_budget)` from memory:
 
@@ -1118,9 +1120,10 @@ def unpack_nf4(packed, absmax, code):
 # ## Recap
 #
 # 1. The peak is the largest stage's weights plus its activations. The planner says it before anything is downloaded.
-# 2. int8: a code from −127 to 127 and a scale for each row, about 1 % off. Large channels of the tokens are multiplied apart.
-# 3. NF4: 16 quantiles of the normal distribution and a scale for each 64 weights, about 9 % off; 4.127 bits with scales of
-#    scales.
+# 2. int8: a code from −127 to 127 and a scale for each row, less than 1 % off. Large channels of the tokens are
+#    multiplied apart.
+# 3. NF4: 16 quantiles of the normal distribution and a scale for each 64 weights, 9 to 10 % off; 4.127 bits with
+#    scales of scales.
 # 4. Hoisting drops 27 % of the transformer, exactly. Stages hold one model at a time, streaming two blocks at a time.
 # 5. Memory is bought with exactness (quantization) or with reading (streaming).
 #
