@@ -36,14 +36,14 @@ PROMPT = "a large shiny red sphere to the left of a small blue cube on a wooden 
 # %%
 show(
     plots.pipeline_map("conditioning_and_adaln", shapes=(mini, FLUX_1_DEV)),
-    alt="Map of the pipeline with the conditioning lit: timestep, guidance and CLIP's pooled vector"
-    " go in;"
-    " one vector comes out and goes to the blocks.",
+    alt="Map of the pipeline with the conditioning lit: CLIP's pooled vector goes in, and timestep and"
+    " guidance, written above; one vector comes out and goes to the blocks.",
 )
 
 # %% [markdown]
-# *What to see*: three arrows end at the lit box, none of them from the latents. `temb`, the **conditioning vector**, has
-# the width of the network: 96 numbers here, 3072 in FLUX.1-dev.
+# *What to see*: one arrow ends at the lit box, CLIP's vector; noise level and guidance, written above it, go in too.
+# Nothing comes from the latents. `temb`, the **conditioning vector**, has the width of the network: 96 numbers here,
+# 3072 in FLUX.1-dev.
 #
 # ## The idea
 #

@@ -64,8 +64,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: words come from T5 at the left, latents from below, and the conditioning vector of lesson 05 from above.
-# Here they meet for the first time.
+# *What to see*: words come from T5 at the left; the latents and the conditioning vector of lesson 05 come in too,
+# inside the transformer. Here they meet for the first time.
 #
 # ## The idea
 #

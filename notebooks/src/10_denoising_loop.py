@@ -39,9 +39,8 @@ mini = instruments.anatomy_of(pipe)  # its sizes
 # %%
 show(
     plots.pipeline_map("denoising_loop", shapes=(mini, FLUX_1_DEV)),
-    alt="Map of the pipeline with the transformer and the scheduler lit: tokens of shape [1, 64,"
-    " 64] go round between them;"
-    " in FLUX.1-dev [1, 4096, 64].",
+    alt="Map of the pipeline with the scheduler lit and the transformer outlined: tokens of shape"
+    " [1, 64, 64] go round between them; in FLUX.1-dev [1, 4096, 64].",
 )
 
 # %% [markdown]
