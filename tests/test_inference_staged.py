@@ -56,6 +56,7 @@ def test_same_picture_of_the_miniature(dtype):
     assert np.array_equal(np.asarray(given), np.asarray(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["dev"], indirect=True)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_on_the_way_or_before(folder, scheme, tmp_path):
@@ -147,6 +148,7 @@ def test_embeddings_latents_and_callback_reach_the_loop(folder):
     assert seen == [0, 1, 0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["dev"], indirect=True)
 def test_refusals(folder, tmp_path):
     with pytest.raises(BudgetError, match=r"memory_budget: expected at least .*, got 0\.10 MB"):
