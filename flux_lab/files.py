@@ -1,10 +1,12 @@
 """Writing files so that nothing is lost: under a temporary name first, which is renamed when all of it is there."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -28,3 +30,7 @@ def replacing(target: Path) -> Iterator[Path]:
 def write_text(file: Path, text: str) -> None:
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    write_text(file, json.dumps(values, indent=2) + "\n")

@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 
 import torch
 from beartype.door import is_bearable
-from jaxtyping import AbstractArray, Float, jaxtyped
+from jaxtyping import AbstractArray, jaxtyped
 
 Function = TypeVar("Function", bound=Callable)
-_ONE_TENSOR = type(Float[torch.Tensor, ""])
 _enabled = contextvars.ContextVar("flux_lab_shape_checks", default=os.environ.get("FLUX_LAB_SHAPE_CHECKS", "1") != "0")
 
 
@@ -71,7 +70,7 @@ def shaped(function: Function) -> Function:
 
 def _fits(value: Any, hint: Any) -> bool:
     """One tensor is asked directly, which is quicker; beartype walks unions, tuples and lists."""
-    return isinstance(value, hint) if type(hint) is _ONE_TENSOR else is_bearable(value, hint)
+    return isinstance(value, hint) if isinstance(hint, type) else is_bearable(value, hint)
 
 
 def _tensor_hints(signature: inspect.Signature) -> dict[str, Any]:

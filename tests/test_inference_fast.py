@@ -181,5 +181,5 @@ def test_a_hoisted_pipe_is_refused(dev):
 @pytest.mark.slow
 def test_compiled(dev):
     compiled = quiet(fast(dev, compile=True))
-    case = MORE["batch and negative"]
-    assert_equal_within_rounding(draw(compiled, **case), draw(dev, **case))
+    for case in (CASES["prompt"], MORE["batch and negative"]):
+        assert_equal_within_rounding(draw(compiled, **case), draw(dev, **case))

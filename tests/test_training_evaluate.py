@@ -260,7 +260,7 @@ def test_the_command_writes_its_report(evaluated):
         assert sheet.format == "PNG"
     with Image.open(evaluated / "out" / "blocks.png") as bars:
         assert bars.format == "PNG"
-    assert not list(evaluated.rglob("*.part"))
+    assert not list(evaluated.rglob("*.tmp"))
 
 
 def test_the_card_says_how_it_was_made(evaluated):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flux_lab.exercises.checking import Exercise, Kind, Verdict
-from flux_lab.files import write_text
+from flux_lab.files import write_json
 
 VERSION = 1
 
@@ -94,7 +94,7 @@ def write(file: Path, entries: Mapping[str, Entry]) -> None:
     """Of two that write at the same moment the last one stays."""
     content = {"version": VERSION, "exercises": {name: dataclasses.asdict(entry) for name, entry in entries.items()}}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(content, indent=2) + "\n")
+    write_json(file, content)
 
 
 def set_aside(file: Path, why: str) -> Path:

@@ -17,12 +17,13 @@ import torch
 from safetensors import safe_open
 
 from flux_lab.checkpoints import load_transformer
+from flux_lab.files import write_json
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.training.card import read_json, read_run
 from flux_lab.training.evaluate import as_dicts, obedience_of, sample_captions, sample_scenes
 from flux_lab.training.loop import CHECKPOINT, KEPT, load_trained
 from flux_lab.training.reader import load_reader
-from flux_lab.training.report import curve_table, write_figure, write_json
+from flux_lab.training.report import curve_table, write_figure
 
 
 def checkpoints(runs: list[Path]) -> Iterator[tuple[Path, str, int]]:

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from flux_lab import shapes
-from flux_lab.files import write_text
+from flux_lab.files import write_json, write_text
 from flux_lab.pipeline import FluxPipeline
 from flux_lab.training import behaviour
 from flux_lab.training.captions import Caption, captions, everything
@@ -30,7 +30,7 @@ from flux_lab.training.card import write_card
 from flux_lab.training.obedience import score
 from flux_lab.training.quality import reconstruct, vae_quality
 from flux_lab.training.reader import Reader, load_reader, read_attributes
-from flux_lab.training.report import Tally, draw_block_effects, draw_samples, to_markdown, write_json
+from flux_lab.training.report import Tally, draw_block_effects, draw_samples, to_markdown
 from flux_lab.training.scenes import Settings, draw, render
 from flux_lab.training.world import Scene
 

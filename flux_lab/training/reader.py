@@ -6,7 +6,6 @@ Writes `reader.safetensors`, `log.jsonl` and `accuracy.json`, the reader's own a
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux_lab.files import write_text
+from flux_lab.files import write_json
 from flux_lab.training.captions import everything
 from flux_lab.training.loop import Settings, train
 from flux_lab.training.obedience import score
@@ -133,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     task.load_state_dict(train(task, make_batch, options.out, settings))
     save_reader(reader.eval(), options.out)
     report = accuracy(reader, read_images(options.eval_scenes), read_scenes(options.eval_scenes))
-    write_text(options.out / "accuracy.json", json.dumps(report, indent=2) + "\n")
+    write_json(options.out / "accuracy.json", report)
     for name, value in report.items():
         print(f"{name:<10} {100 * value:6.2f} %")
 

@@ -1,6 +1,5 @@
 """What an evaluation says: shares with their intervals, tables in markdown, and a sheet of pictures."""
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from flux_lab.files import replacing, write_text
+from flux_lab.files import replacing
 
 Z = 1.959964  # of the normal distribution, for 95 %
 COLUMNS = 8
@@ -39,10 +38,6 @@ class Tally(NamedTuple):
     def to_dict(self) -> dict[str, float]:
         low, high = self.interval
         return {"right": self.right, "count": self.count, "share": self.share, "low": low, "high": high}
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
