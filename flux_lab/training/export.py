@@ -1,6 +1,6 @@
 """Stage 7: the trained parts become one checkpoint in the diffusers layout.
 
-    python -m flux_lab.training.export --transformer runs/guided/transformer --vae runs/vae/vae --clip runs/clip/text_encoder
+    python -m flux_lab.training.export --transformer runs/deepened/transformer --vae runs/vae/vae --clip runs/clip/text_encoder
         --t5 runs/t5/text_encoder_2 --tokenizers runs/tokenizers --out data/flux-mini
 
 Numbers are halved in size: bfloat16, which keeps float32's range, for the transformer with its long sums of residuals; float16 for the
@@ -134,7 +134,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m flux_lab.training.export", description="Write the miniature in the diffusers layout.")
-    parser.add_argument("--transformer", type=Path, default=Path("runs/guided/transformer"))
+    parser.add_argument("--transformer", type=Path, default=Path("runs/deepened/transformer"))
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument("--clip", type=Path, default=Path("runs/clip/text_encoder"))
     parser.add_argument("--t5", type=Path, default=Path("runs/t5/text_encoder_2"))

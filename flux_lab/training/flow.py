@@ -1,7 +1,7 @@
 """Stage 5: rectified flow.
 
     python -m flux_lab.training.flow --out runs/flow --layers 5 10 --steps 4000
-    python -m flux_lab.training.flow --out runs/flow57 --initial runs/grown/transformer --steps 2000 --rate 8e-4
+    python -m flux_lab.training.flow --out runs/flow2 --initial runs/flow/transformer --steps 5000
 
 x_t = (1 - t) x0 + t noise on the scaled latents; the target is noise - x0. t is logit-normal and shifted as in sampling; one caption
 in ten is replaced by the empty one, so that true classifier-free guidance works. Of the others, four in ten are kept from CLIP: its one
@@ -133,10 +133,14 @@ class FlowBatches:
         return {
             "latents": latents,
             "noise": noise,
-            "t": self.shift * t / (1 + (self.shift - 1) * t),
+            "t": self.shifted(t),
             "clip_ids": torch.where(pooled == 1, self.clip_ids[which, caption].long(), self.no_clip),
             "t5_ids": torch.where(kept == 1, self.t5_ids[which, caption].long(), self.no_t5),
         } | ({} if self.layouts is None else {"layouts": self.layouts[which]})
+
+    def shifted(self, t: Tensor) -> Tensor:
+        """Levels as the scheduler shifts them for a picture of this size."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
 
 def initialize(transformer: FluxTransformer2DModel) -> FluxTransformer2DModel:

@@ -1,10 +1,10 @@
 """Between the stages: make a transformer deeper while it computes nearly the same.
 
-    python -m flux_lab.training.grow --initial runs/flow/transformer --out runs/grown
+    python -m flux_lab.training.grow --initial runs/distilled/transformer --out runs/grown
 
 Copies of each block are put behind it. A block adds its branches to the streams through gates: the first keeps most of their strength,
 its copies get equal parts of the rest. With a share of 0 the copies are closed and the function is exactly the same, but blocks that do
-nothing learn slowly; with a share of 0.3 every block does something from the first step on, and training soon closes the difference.
+nothing learn slowly; with a share of 0.45 every block does something from the first step on, and training soon closes the difference.
 Writes `transformer/` (a diffusers folder).
 """
 
@@ -22,7 +22,7 @@ from flux_lab.config import FLUX_MINI
 from flux_lab.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from flux_lab.transformer import FluxTransformer2DModel
 
-SHARE = 0.3
+SHARE = 0.45
 # Which chunks of the modulation linear are gates.
 GATES = {AdaLayerNormZero: (2, 5), AdaLayerNormZeroSingle: (2,)}
 
@@ -69,7 +69,7 @@ def grow(transformer: FluxTransformer2DModel, num_layers: int, num_single_layers
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--initial", type=Path, default=Path("runs/flow/transformer"))
+    parser.add_argument("--initial", type=Path, default=Path("runs/distilled/transformer"))
     parser.add_argument("--out", type=Path, default=Path("runs/grown"))
     parser.add_argument(
         "--layers", type=int, nargs=2, default=(FLUX_MINI.num_layers, FLUX_MINI.num_single_layers), metavar=("DOUBLE", "SINGLE")

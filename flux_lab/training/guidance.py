@@ -1,11 +1,12 @@
-"""Stage 6: guidance distillation.
+"""Stages 6 and 6b: guidance distillation, into a shallow transformer and then into the one that was grown from it.
 
-    python -m flux_lab.training.guidance --initial runs/grown/transformer --teacher runs/flow/transformer --out runs/guided
+    python -m flux_lab.training.guidance --initial runs/flow/transformer --teacher runs/flow/transformer --out runs/distilled
+    python -m flux_lab.training.guidance --initial runs/grown/transformer --teacher runs/flow/transformer --out runs/deepened
 
 The guidance embedding learns to do in one pass what true classifier-free guidance does in two, v_uncond + w (v_cond - v_uncond) with
-w in [1, 6] (Meng et al. 2022, arXiv 2210.03142). The teacher gives the difference (w - 1) (v_cond - v_uncond); what it is added to is
-not the teacher's v_cond but the velocity of the picture itself, noise - x0, whose mean v_cond is. So the student goes on learning from
-pictures at every w (as in Tang et al. 2025, arXiv 2502.12154). The teacher may be shallower than the student. Writes `transformer/`.
+w in [1, 6] (Meng et al. 2022, arXiv 2210.03142). The target is the teacher's velocity, which has none of the randomness of noise - x0.
+In a noised picture the text's objects already stand where they belong, and there is little for guidance to do; so the student is taught
+where its own steps bring it, from pure noise on (Ross et al. 2011, arXiv 1011.0686). Writes `transformer/` (a diffusers folder).
 """
 
 import argparse
@@ -26,13 +27,13 @@ from flux_lab.training.flow import (
     export,
     image_ids,
     predict_packed_velocity,
-    predict_velocity,
     settings_of,
 )
 from flux_lab.training.loop import train
 from flux_lab.transformer import FluxTransformer2DModel
 
 STRONGEST = 6.0
+STOPS = 4  # levels at which a picture on its way is asked for its velocity
 
 
 class TaughtLoss(nn.Module):
@@ -53,20 +54,36 @@ class TaughtLoss(nn.Module):
 
 
 class GuidanceLoss(TaughtLoss):
-    """The student learns the pictures' velocity, moved by the teacher's guidance where w > 1."""
+    """The student's velocity against the teacher's guided one, at every stop of the way that the student itself goes.
+
+    The way begins with the picture noised to the first of `levels`, which fall. What guidance adds grows with its strength, and so does
+    what can be wrong in it: errors are divided by the strength, or the strong ones would drown the rest. `off`: relative to the norm.
+    """
 
     def forward(
-        self, latents: Tensor, noise: Tensor, t: Tensor, clip_ids: Tensor, t5_ids: Tensor, no_clip: Tensor, no_t5: Tensor, guidance: Tensor
+        self,
+        latents: Float[Tensor, "batch channels height width"],
+        noise: Float[Tensor, "batch channels height width"],
+        levels: Float[Tensor, "batch stops"],
+        clip_ids: Tensor,
+        t5_ids: Tensor,
+        no_clip: Tensor,
+        no_t5: Tensor,
+        guidance: Float[Tensor, "batch"],
     ) -> dict[str, Tensor]:
-        x_t = torch.lerp(latents, noise, t[:, None, None, None])
-        text, without = self.texts(clip_ids, t5_ids, no_clip, no_t5)
-        target = pack_latents(noise - latents)
-        distilled = guidance > 1
-        some = (pack_latents(x_t)[distilled], t[distilled], *([each[distilled] for each in texts] for texts in (text, without)))
-        conditional, unconditional = two_passes(self.teacher, *some, image_ids(x_t))
-        target[distilled] += (guidance[distilled, None, None] - 1) * (conditional - unconditional)
-        error = (predict_velocity(self.transformer, x_t, t, text, guidance) - target).square().mean(dim=(1, 2))
-        return {"loss": error.mean(), "flow_loss": error[~distilled].mean(), "guided_loss": error[distilled].mean()}
+        (text, without), img_ids = self.texts(clip_ids, t5_ids, no_clip, no_t5), image_ids(latents)
+        strength = guidance[:, None, None]
+        x = pack_latents(torch.lerp(latents, noise, levels[:, 0, None, None, None]))
+        errors, targets = [], []
+        for stop, t in enumerate(levels.unbind(1)):
+            if stop:
+                x = x + (t - levels[:, stop - 1])[:, None, None] * velocity.detach()
+            conditional, unconditional = two_passes(self.teacher, x, t, text, without, img_ids)
+            targets.append(torch.lerp(unconditional, conditional, strength))
+            velocity = predict_packed_velocity(self.transformer, x, t, text, img_ids, guidance)
+            errors.append(velocity - targets[-1])
+        error, target = torch.stack(errors), torch.stack(targets)
+        return {"loss": (error / strength).square().mean(), "off": error.norm() / target.norm()}
 
 
 @torch.no_grad()
@@ -86,14 +103,21 @@ def two_passes(
 
 
 class GuidanceBatches(FlowBatches):
-    """Batches of the flow, with the empty caption beside every caption and a guidance strength. Every fourth has strength 1."""
+    """Batches of the flow with several levels, which fall; the empty caption beside every caption; and a guidance strength.
+
+    Every other way begins with pure noise. One in eight has strength 1; the others' lie mostly near the middle, 3.5.
+    """
 
     def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor]:
-        batch = super().__call__(step, generator)
-        count = self.batch_size
-        guidance = 1 + (STRONGEST - 1) * torch.rand(count, generator=generator)
-        guidance[torch.arange(count) % 4 == 0] = 1.0
-        return batch | {"no_clip": self.no_clip.repeat(count, 1), "no_t5": self.no_t5.repeat(count, 1), "guidance": guidance}
+        batch, count = super().__call__(step, generator), self.batch_size
+        del batch["t"]
+        levels = torch.rand(count, STOPS, generator=generator).sort(descending=True).values
+        levels[::2, 0] = 1.0
+        # The middle one of three even draws: the Beta(2, 2) distribution.
+        middle = torch.rand(count, 3, generator=generator).median(dim=1).values
+        guidance = 1 + (STRONGEST - 1) * middle * (torch.rand(count, generator=generator) >= 1 / 8)
+        empty = {"no_clip": self.no_clip.repeat(count, 1), "no_t5": self.no_t5.repeat(count, 1)}
+        return batch | empty | {"levels": self.shifted(levels), "guidance": guidance}
 
 
 def train_student(
@@ -116,13 +140,13 @@ def train_student(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/guided"))
+    parser.add_argument("--out", type=Path, default=Path("runs/distilled"))
     parser.add_argument("--initial", type=Path, default=Path("runs/flow/transformer"))
-    parser.add_argument("--teacher", type=Path, help="default: the transformer of --initial")
+    parser.add_argument("--teacher", type=Path, default=Path("runs/flow/transformer"), help="the rectified flow, not distilled")
     parser.add_argument("--rate", type=float, default=5e-4)
     options = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    student, teacher = (load_transformer(folder) for folder in (options.initial, options.teacher or options.initial))
+    student, teacher = (load_transformer(folder) for folder in (options.initial, options.teacher))
     train_student(GuidanceLoss, GuidanceBatches, student, teacher, options)
 
 
