@@ -141,8 +141,8 @@ show(
 # %% [markdown]
 # *What to see*: the upper row is what the loop holds, from noise to image. The lower row is $x_0 = x - \sigma v$, the
 # image that the network aims at from there. At the first step it has seen nothing but noise and words: it can only
-# aim at the average of all images that fit the words, a blur. Floor and places are settled first, edges last. Move
-# the slider to see every step:
+# aim at the average of all images that fit the words, a blur. Places are settled first, then colours, edges last.
+# Move the slider to see every step:
 
 
 # %%
@@ -493,8 +493,8 @@ show(
 
 # %% [markdown]
 # *What to see*: only "a red sphere" belongs to its world, which does not mean that it draws it well. For the others
-# it draws *something*: a table top with objects, because it has never seen anything else. The real model does the
-# same, in a much larger world.
+# it draws *something*: a table top with one or two objects, because it has never seen anything else. The real model
+# does the same, in a much larger world.
 #
 # ## Break it
 #
@@ -515,10 +515,11 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the words are the same three times: compare places and shapes. The words decide much, the noise only
-# what they leave open. The network counts on the noise's strength, too: at $\sigma = 1$ it was only ever shown noise
-# with a standard deviation of 1, so nothing promises a good picture from anything else. And zeros decide nothing:
-# with them, every seed ends in the one picture on the right.
+# *What to see*: the words are the same three times: compare floors, places and shapes. From real noise the words
+# decide much, the noise only what they leave open. From zeros even a word that was said can be lost. The network
+# counts on the noise's strength, too: at $\sigma = 1$ it was only ever shown noise with a standard deviation of 1, so
+# nothing promises a good picture from anything else. And zeros decide nothing: with them, every seed ends in the one
+# picture on the right.
 #
 # ## Common misreadings
 #
@@ -551,8 +552,8 @@ hook.remove()
 # In FLUX.1-dev the guidance scale is one more number that goes in. The second pass exists too, under the name
 # `true_cfg_scale` (lesson 10).
 #
-# **"More steps always give a better image."** More steps follow the curve more closely, and soon there is nothing
-# left to gain:
+# **"More steps always give a better image."** More steps follow the curve more closely, and for this picture there is
+# soon little left to gain:
 
 # %%
 counts = [1, 2, 4, 8]
@@ -567,8 +568,8 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: one step gives the blur that the film strip showed at its left end. Each time the steps are doubled, the
-# image changes less.
+# *What to see*: one step gives the blur that the film strip showed at its left end. From four on it changes little:
+# doubling the steps once more buys ever less.
 #
 # **"The loop works on pixels."** It never sees one. It moves 12 times fewer numbers:
 

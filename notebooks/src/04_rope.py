@@ -484,9 +484,10 @@ explore(
 )
 
 # %% [markdown]
-# *What to see*: the middle is distance 0. A bright spot there: the head prefers near tokens. A bright bar: it prefers its
-# own row or column. A spot beside the middle: it looks in one direction. Small differences on the scale: in this head,
-# distance hardly counts. All of it is made with the same table.
+# *What to see*: the middle is distance 0. A bright spot there: the head prefers near tokens. A bright bar: it prefers
+# its own row or column. A spot beside the middle: it looks in one direction. The same again 6 patches away: the
+# fastest pair has gone round once (6.28). Small differences on the scale: in this head, distance hardly counts. All
+# of it is made with the same table.
 #
 # ## Break it
 #
@@ -542,8 +543,8 @@ assert apart(velocities["all shifted"], plain) < 1e-3 < apart(velocities["image 
 # *What to see*, from right to left:
 #
 # - *all shifted*: the same picture. Every difference of positions is as before. What is left is rounding.
-# - *image shifted*: the image tokens have their old distances to each other, but new distances to the text. Look whether
-#   the scene moves or breaks.
+# - *image shifted*: the image tokens have their old distances to each other, but new distances to the text. The
+#   scene does not just move, it breaks.
 # - *exchanged*: the network takes rows for columns. Look for a floor that stands upright.
 # - *zeros*: the network cannot know which token lies beside which.
 #

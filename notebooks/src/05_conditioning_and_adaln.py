@@ -105,9 +105,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the diagonal is each time with itself, always 1. Each map has a scale of its own: read off how unlike two
-# times can be at most. On the left nothing is learned: neighbours are alike and likeness falls with distance, in the
-# same way everywhere. On the right the trained MLP has spread or merged times as it needs them.
+# *What to see*: the diagonal is each time with itself, always 1. Each map has a scale of its own: read off how unlike
+# two times can be at most. On the left nothing is learned: neighbours are alike and likeness falls with distance, in
+# the same way everywhere. On the right the trained MLP has drawn all times together; the narrower the bright band,
+# the faster its answer changes there.
 #
 # ### Guidance comes in through the same door
 #
@@ -215,9 +216,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: each panel has a scale of its own. A few channels of the stream can be far larger than all others;
-# the norm gives every *token* mean 0 and standard deviation 1. The modulation then acts on whole *columns*: it turns
-# channels up, down or off, and adds the same number to every token.
+# *What to see*: each panel has a scale of its own. One channel of the stream, or a few, can be far larger than all
+# others; the norm gives every *token* mean 0 and standard deviation 1. The modulation then acts on whole *columns*:
+# it turns channels up, down or off, and adds the same number to every token.
 #
 # ### All blocks, all times
 #
@@ -290,8 +291,9 @@ explore(
 # *What to see*: time runs from left to right, the data flows from top to bottom, the line parts the two kinds of
 # block. Single blocks have one set of signals for attention and MLP together; it stands in the upper panels, and the
 # lower ones are empty there. Where a row changes from left to right, the block does another job at another time. A
-# dark row in a gate panel is a block that adds little to the stream. The next cell counts those that add next to
-# nothing. Switch to the text stream: only the double blocks change; a single block tells text and image the same.
+# dark row in a gate panel is a block that adds little to the stream. The next cell counts those that are closed
+# altogether; there may be none. Switch to the text stream: only the double blocks change; a single block tells text
+# and image the same.
 
 # %%
 gates = {}
@@ -353,7 +355,8 @@ assert difference == 0
 # closed gates, and go on training. A block whose gates are near zero does little. The miniature was grown as well,
 # from 4 + 8 blocks. Its new blocks are copies of the block in front of them; their gates were not closed but given a
 # small part of its work (`flux_lab/training/grow.py`), because closed ones had stayed nearly idle. Look at the maps
-# again: groups of rows that look alike are one old block and its copies.
+# again: in shift and scale, groups of rows that look alike are one old block and its copies; in the gates, the bright
+# row of a group is the old block, and the darker rows below it are its copies.
 #
 # Can a closed block learn at all? At the start the derivative of the output by the block's inner weights is zero,
 # because the gate stands in front of them. The gate's own derivative is not:
@@ -567,11 +570,11 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: every picture has the same words, seed and steps as the first. Which are grainy, and which are smooth
-# but show another scene? 0.7 σ and 0.5 are wrong from the first step on, which decides the scene: it may change. 1.3
-# σ cannot go beyond 1, and "always 1" is true at the start: there the scene can stay, and what suffers is the work of
-# later steps, edges and the last noise. Told always the same number, the network is right at one point of the walk
-# only.
+# *What to see*: every picture has the same words, seed and steps as the first. Which is grainy, and which are smooth?
+# The scene is robust: even 0.7 σ and 0.5, wrong from the first step on, hardly move the objects, but change their
+# size and edges. 1.3 σ cannot go beyond 1: the scene stays, and the ball loses its highlight. "Always 1" is true at
+# the start only: the objects are in place, but later steps never clear the noise. Told always the same number, the
+# network is right at one point of the walk only.
 #
 # **Predict again.** We change the order of the chunks in *every* block: what the linear layer means as shift is used as
 # scale, and the other way round. Or we drop one signal. Which hurts most?
@@ -620,8 +623,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: shapes fit in all six cases, and nothing raises an error. Only the pictures tell. With all gates at 0
-# the 57 blocks are gone: what is left is two linear layers and one norm, which see each token alone and no word.
+# *What to see*: shapes fit in all six cases, and nothing raises an error. Only the errors and the pictures tell, and
+# they do not rank the mistakes alike. With all gates at 0 the 57 blocks are gone: what is left is two linear layers
+# and one norm, which see each token alone and no word.
 #
 # ## Common misreadings
 #

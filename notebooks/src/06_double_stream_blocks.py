@@ -190,8 +190,9 @@ show(
 # %% [markdown]
 # *What to see*: four quadrants in every head. Upper left: text reads text. Upper right: text reads the picture. Lower
 # left: **the picture reads the words**. Lower right: the picture reads itself; a bright diagonal means that a place
-# looks at itself, lines beside it that it looks at its neighbours in the 8 × 8 grid. Columns bright from top to bottom
-# are tokens that everyone reads. Heads differ: each has its own job.
+# looks at itself, slanted stripes 8 tokens apart that it looks along its own column of the 8 × 8 grid, broad blocks
+# that whole regions look at whole regions. A bright column inside a quadrant is a token that all of its queries read.
+# Heads differ: each has its own job.
 #
 # **Collect the values**, put the heads side by side again, and part the two streams. Each goes through an output
 # projection of its own.
@@ -339,7 +340,7 @@ explore(
 # Now we follow the streams through one pass (step index 5). Behind every block we ask three questions:
 #
 # - how **long** is a token's vector? Blocks *add* to the stream, so it tends to grow;
-# - by what angle did this block **turn** it? 0° means that the block has done nothing;
+# - by what angle did this block **turn** it? 0° means that the block has left its direction as it was;
 # - what would the picture be **if the model stopped here**? Skip all later blocks, the single-stream ones too, send the
 #   image stream through the last norm and projection, take the velocity $v$, and look at the picture that it aims at,
 #   $x_0 = x - \sigma v$, decoded.
@@ -383,10 +384,10 @@ show(
 # %% [markdown]
 # *What to see*: the first picture comes from two linear layers and a norm: each token has seen itself only, so what
 # it shows of the scene was in the latents already. The last one is the true prediction of this step. In between, look
-# where colours of the prompt appear, and whether there is any shape yet: both may be left to the 38 blocks that
-# follow. A colour that nobody asked for means little, for the last layer reads what was not made for it. Pictures
-# that look alike side by side mean a block that added little *that the last layer can read*: it may have prepared
-# something for later blocks.
+# where colours of the prompt appear, and whether there is any shape yet: a light upper and a darker lower half come
+# early, a hint of the cube's colour late, and the rest is left to the 38 blocks that follow. A colour that nobody
+# asked for means little, for the last layer reads what was not made for it. Pictures that look alike side by side
+# mean a block that added little *that the last layer can read*: it may have prepared something for later blocks.
 #
 # ## The real code
 #
@@ -553,8 +554,8 @@ show(
 # *What to see*: compare each with the first. In *(a)* the words can still reach the picture, through the 38
 # single-stream blocks and through CLIP's vector; what is missing shows what these two cannot make up for, with blocks
 # that were trained to get tokens which have already read the words. In *(b)* the words keep their meaning from T5 but
-# cannot adapt to the picture: does it show? If *(d)* changes little, little of what is read there matters: attention
-# is not effect.
+# cannot adapt to the picture: it hardly shows. *(d)* changes little too, so little of what is read there matters:
+# attention is not effect.
 #
 # ## Common misreadings
 #

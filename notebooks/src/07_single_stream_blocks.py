@@ -247,9 +247,9 @@ for stream in ("image", "text"):
     )
 
 # %% [markdown]
-# *What to see*: the lower curve ends at 0, because behind block 37 the last layer reads the true velocity. Does it fall
-# evenly, or do the last blocks do most of it? In the middle chart compare the two streams: once the words have been
-# read, their own tokens need not change any more.
+# *What to see*: the lower curve ends at 0, because behind block 37 the last layer reads the true velocity. Does it
+# fall evenly, or in steps, and at which blocks? Compare them with the peaks of the chart above it. In the middle
+# chart compare the two streams: once the words have been read, their own tokens need not change any more.
 
 # %%
 titles = [

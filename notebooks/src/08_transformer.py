@@ -173,8 +173,8 @@ def top(table, rows=6):
 top(t.table(sort="-std", filter="* ??/image"))
 
 # %% [markdown]
-# And the gates, those with the smallest spread first. A gate whose mean and spread are near zero means that its part of the
-# block adds next to nothing at this noise level.
+# And the gates, those with the smallest spread first. A gate whose mean and spread are small lets little of what its
+# half of the block computes through, at this noise level.
 
 # %%
 top(t.table(sort="std", filter="*/gate"))
@@ -521,9 +521,9 @@ print("most missed: ", ", ".join(f"{name} ({change[name]:.3f})" for name in orde
 print("least missed:", ", ".join(f"{name} ({change[name]:.3f})" for name in order[-4:]))
 
 # %% [markdown]
-# *What to see*: the longest bar of each row has its name. A block whose gates are nearly zero changes next to
-# nothing; its bar has hardly any height. Wide gates alone do not make a block important: what it adds may be undone
-# by the next.
+# *What to see*: the longest bar of each row has its name. Most blocks with small gates change next to nothing, but
+# not all: some of the first double blocks are missed more than their gates let expect. Wide gates alone do not make a
+# block important: what it adds may be undone by the next.
 #
 # Now whole images. Choose a block; it is off in all 10 steps. Checks of shapes are off as well: in so small a model they
 # take a quarter of the time.
@@ -610,9 +610,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: compare with the first image, and the numbers with the bars above. No error was raised in any of the
-# three. A model that runs is not a model that is right: that is why the comparison with the reference goes down to every
-# operation.
+# *What to see*: compare with the first image, and the numbers with the bars above. The numbers are of one step, on
+# latents that the whole model has drawn; the images are of all ten. So the words' vectors at zero change that step
+# little and still empty the picture. No error was raised in any of the three. A model that runs is not a model that
+# is right: that is why the comparison with the reference goes down to every operation.
 #
 # ## Common misreadings
 #

@@ -177,10 +177,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: blue paths end at +1, red ones at −1. On the right no two paths cross. At $\sigma = 1$ all head for the
-# mean of the two pictures, 0, because nothing is decided yet. Then each bends towards the picture on its side. In
-# FLUX.1 it is the same with 262,144 numbers in place of one: first everything heads for the mean of all pictures that fit
-# the words, and the decisions make the path bend.
+# *What to see*: blue paths end at +1, orange ones at −1. On the right no two paths cross. At $\sigma = 1$ all head
+# for the mean of the two pictures, 0, because nothing is decided yet. Then each bends towards the picture on its
+# side. In FLUX.1 it is the same with 262,144 numbers in place of one: first everything heads for the mean of all
+# pictures that fit the words, and the decisions make the path bend.
 #
 # ### One Euler step
 #
@@ -237,7 +237,7 @@ for pixels in sides:
 show(
     plots.small_grid(rows, [f"{pixels} x {pixels} pixels" for pixels in sides], cell=1.34),
     alt="The scene at 16, 32 and 128 pixels a side, without noise above and at σ = 0.7 below. In"
-    " the largest one the objects can still be made out, in the smallest they are lost.",
+    " the largest one the objects can still be made out, in the smallest they are blots.",
 )
 
 # %% [markdown]
@@ -429,9 +429,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the same noise leads to nearly the same pictures. In a world as simple as this one, dev itself gets far in
-# four steps, so schnell has little to gain: compare edges and shadows. What it has lost is a knob. It was taught with
-# guidance 3.5, and no scale that you give it changes anything.
+# *What to see*: the same noise leads to similar pictures, not to the same: what the prompt leaves open, a floor say,
+# can come out otherwise. In a world as simple as this one, dev itself gets far in four steps, so schnell has little
+# to gain: compare sizes, edges and shadows. What it has lost is a knob. It was taught with guidance 3.5, and no scale
+# that you give it changes anything.
 #
 # ## The real code
 #
@@ -494,8 +495,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the prompt asks for other colours. With a small strength the walk starts at a low noise level, and the
-# picture is mostly kept. With a large one little of it is left.
+# *What to see*: the prompt asks for other colours. With a small strength the walk starts at a low noise level, and
+# the picture is mostly kept. With a large one the colours are those of the prompt, and what stays is what the prompt
+# asks for as well.
 #
 # ## Shapes
 #
@@ -723,8 +725,8 @@ show(
 
 # %% [markdown]
 # *What to see*: a shift that is too strong spends almost every step near pure noise, and then has to jump from a high
-# level down to 0 in one step. What it jumps to is a mean of pictures, so edges and small things suffer. The miniature's
-# own μ is small. What would be left out in FLUX.1-dev?
+# level down to 0 in one step. What it jumps to is a mean of pictures, so surfaces, edges and small things suffer. The
+# miniature's own μ is small. What would be left out in FLUX.1-dev?
 
 # %% tags=["nbval-check-output"]
 for tokens, pixels in ((64, 128), (4096, 1024)):

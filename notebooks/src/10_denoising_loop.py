@@ -181,8 +181,8 @@ show(
 # %% [markdown]
 # *What to see*: noise and finished latents both have an RMS of about 1 (that is what the VAE's scaling is for, lesson
 # 11). Half and half of two independent things of strength 1 has $\sqrt{0.5^2 + 0.5^2} = 0.71$, so the latents are
-# weakest in the middle. The first prediction is a guess at many possible pictures at once. Their plain average would be
-# pale; guidance, below, pushes it beyond the average, so it may even be stronger than a finished picture.
+# weakest in the middle. The first prediction is a guess at many possible pictures at once. Their plain average would
+# be pale; guidance, below, pushes it far beyond the average, so it is even stronger than a finished picture.
 #
 # ### When is what settled?
 #
@@ -226,8 +226,9 @@ for name, distance in left.items():
     print(f"{name:36} half of the way is done at step {int((distance < 0.5).nonzero()[0]) + 1}")
 
 # %% [markdown]
-# *What to see*: compare the two curves. High noise hides fine detail completely, so the early steps can only decide
-# about floor, places and large shapes. A turn of the path means that the network has changed its mind.
+# *What to see*: compare the two curves. The coarse part is ahead: high noise hides fine detail, so the early steps
+# decide above all about floor, places and large shapes. A turn of the path means that the network has changed its
+# mind.
 #
 # ### Seeds
 #
@@ -258,7 +259,8 @@ show(
 
 # %% [markdown]
 # *What to see*: go down a column. The same noise with other words: does the object stand in a similar place? The seed
-# carries no words, but it decides what the words leave open.
+# carries no words, but it decides what the words leave open, and sometimes more: a model that is not perfect draws an
+# object too many.
 #
 # With a *list* of random generators, one for each picture, a picture does not depend on its neighbours in the batch.
 # With *one* generator for the whole batch, the noise of the second picture is drawn after the first one's, and has no
@@ -321,9 +323,9 @@ show(
 
 
 # %% [markdown]
-# *What to see*: compare the two lower rows. They may agree in one seed and differ completely in another: a small
-# difference in the first step can tip a scene over. So pictures are a bad measure here. A fair one compares what the
-# network *says*, at the same latents: those in front of two steps of the walk of 14 above.
+# *What to see*: compare the two lower rows. They may agree but for small things in these seeds and differ in another:
+# a small difference in the first step can tip a scene over. So pictures are a bad measure here. A fair one compares
+# what the network *says*, at the same latents: those in front of two steps of the walk of 14 above.
 
 
 # %%
@@ -605,7 +607,7 @@ for name, options in {"guidance as an input": {}, "everything at once": everythi
 
 # %%
 def draw(
-    prompt="a red cube on the grass",
+    prompt="a red cube on a grassy floor",
     prompt_2="",
     guidance=2.0,
     true_cfg=2.0,
@@ -613,7 +615,7 @@ def draw(
     seed=0,
 ):
     options = {"guidance_scale": guidance, "true_cfg_scale": true_cfg, "negative_prompt": negative}
-    images = drawn(prompt, [seed], prompt_2=prompt_2, **options)
+    images = drawn(prompt, [seed], steps=8, prompt_2=prompt_2, **options)
     return plots.gallery(images, [f"guidance {guidance:g}, true CFG {true_cfg:g}, seed {seed}"])
 
 
@@ -626,7 +628,7 @@ explore(
     true_cfg=(1.0, 6.0, 0.5),
     negative=str,
     seed=(0, 50),
-    alt="An image of a red cube on the grass.",
+    alt="An image of a red cube on a grassy floor.",
 )
 
 # %% [markdown]

@@ -784,9 +784,10 @@ show(
 
 # %% [markdown]
 # *What to see*: each map has its own scale, from nothing to its largest value; that stands above it, as a share of a
-# place's attention. A word that is understood may have its peak on its own object. A word for the floor, such as
-# `wooden`, has no object and need not have one. The two texts differ too: CLIP learned to tell whole captions apart
-# and needs no order of words for that, T5 to rebuild texts word by word.
+# place's attention. A word that is understood may have its peak on its own object: in FLUX's miniature `red` and
+# `blue` do. A word for the floor, such as `wooden`, has no object: look whether it is read most in the lower rows.
+# The two texts differ too: CLIP learned to tell whole captions apart and needs no order of words for that, T5 to
+# rebuild texts word by word.
 #
 # How is the attention of a place divided? And does the text change?
 
@@ -858,9 +859,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: at 1 there is no guidance in SD 1.5. With a large scale its colours get hard, because an answer that is
-# extrapolated leaves the range of what was trained. FLUX's miniature was trained with scales from 1 to 6, so its network
-# knows what to do with each.
+# *What to see*: at 1 there is no guidance in SD 1.5. With a large scale its colours get hard, because an answer that
+# is extrapolated leaves the range of what was trained. FLUX's miniature was trained with scales from 1 to 6, so its
+# network knows what to do with each: the objects stay clean. What can suffer at the end of its range is the floor.
 #
 # ### No prompt: zeros are not the empty caption
 #

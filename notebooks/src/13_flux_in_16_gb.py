@@ -191,8 +191,8 @@ show(
 
 # %% [markdown]
 # *What to see*: 480 channels enter this layer, 96 of the attention and 384 of the MLP. The legend says how many reach
-# the threshold. A small model has few or none, and they hardly pass the threshold; outliers that matter were found
-# only when models grew. We plant one to see what it does:
+# the threshold. A small model has few or none, and they pass the threshold by a little; outliers that matter were
+# found only when models grew. We plant one to see what it does:
 
 
 # %%
@@ -222,9 +222,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: without the split the other channels are rounded to ever fewer steps as one grows, and what they say
-# is lost. With the split the curve leaves the other once channel 200 passes 6 and rises far more slowly: what is left
-# is the rounding of the weights that this one channel is multiplied with.
+# *What to see*: without the split the other channels are rounded to ever fewer steps as one grows, and ever more of
+# what they say is lost. With the split the curve leaves the other once channel 200 passes 6 and rises far more
+# slowly: what is left is the rounding of the weights that this one channel is multiplied with.
 #
 # ### 4 bits: NF4
 #
@@ -464,7 +464,7 @@ from flux_lab.inference.live_bytes import LiveBytes
 staged = load_staged(MINI, quantize="int8", dtype=torch.float32)
 staged.set_progress_bar_config(disable=True)
 planned, times = staged.plan(steps=1), [time.perf_counter()]
-with LiveBytes(every=40) as live:
+with LiveBytes(every=4) as live:
     embeds = staged.encode({"": (PROMPT, None)}, planned)
     times.append(time.perf_counter())
     latents = staged.denoise(planned, num_inference_steps=1, generator=seeded(), **embeds)
@@ -526,7 +526,7 @@ colors = {"reading": "#E69F00", "waiting": "#D55E00", "computing": "#0072B2"}
 show(
     plots.threads(rows, colors, resident),
     alt="Two rows of bars over milliseconds: the computing thread is busy with block after block, the reading thread fetches the next one"
-    " at the start of each; below, the bytes of streamed weights go up and down between one and two blocks.",
+    " at the start of each; below, the bytes of streamed weights go up and down and are never more than two blocks'.",
 )
 
 # %% [markdown]

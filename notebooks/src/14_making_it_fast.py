@@ -274,6 +274,9 @@ note("fused projections, width 96", *four_and_one(96, tokens=96))
 note("fused projections, width 1536", *four_and_one(1536, tokens=96))
 
 # %% [markdown]
+# Above 1 at the large width? There the calls are nothing, and the library cuts one wide matrix into pieces otherwise than four
+# narrow ones: on some processors that is slower. A trick that helps at one size can cost at another.
+#
 # ### Trick 3: keep what does not change
 #
 # The text goes through a linear layer, and the positions become tables of cosines and sines (lesson 04), at every step the
