@@ -340,5 +340,7 @@ def test_the_curve_counts_samples_over_runs_and_measures_each_once(evaluated, mo
         assert figure.format == "PNG"
     with pytest.raises(SystemExit):
         curve.main([*runs, *folders, "--true-cfg", "2"])
-    assert "| samples seen | layout asked | count |" in card.curve_section(evaluated / "runs")
+    section = card.curve_section(evaluated / "runs")
+    assert "| samples seen | layout asked | count |" in section
+    assert f"to {found['points'][-1]['samples']:,} samples" in section
     assert card.curve_section(tmp_path) == ""
