@@ -335,12 +335,14 @@ def test_the_curve_counts_samples_over_runs_and_measures_each_once(evaluated, mo
     curve.main([*runs, *folders])
     found = json.loads((evaluated / "runs" / "curve" / "curve.json").read_text())
     assert [(point["samples"], point["layout"]) for point in found["points"]] == [(20, False), (40, False), (50, True), (70, True)]
-    assert len(measured) == 4
+    assert len(measured) == 4 + len(curve.SCALES)
+    assert (found["scales"]["samples"], list(found["scales"]["obedience"])) == (70, ["1", "2", "3.5", "5"])
     with Image.open(evaluated / "runs" / "curve" / "curve.png") as figure:
         assert figure.format == "PNG"
     with pytest.raises(SystemExit):
         curve.main([*runs, *folders, "--true-cfg", "2"])
     section = card.curve_section(evaluated / "runs")
     assert "| samples seen | layout asked | count |" in section
+    assert "| true CFG | count |" in section
     assert f"to {found['points'][-1]['samples']:,} samples" in section
     assert card.curve_section(tmp_path) == ""

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from flux_lab.files import replacing, write_text
 from flux_lab.training.loop import CHECKPOINT, KEPT
-from flux_lab.training.report import curve_table, percent, table, to_markdown
+from flux_lab.training.report import curve_table, percent, scale_table, table, to_markdown
 from flux_lab.training.world import COLORS, FLOORS, HELD_OUT, MATERIALS, SHAPES, SIZES
 
 # Figures that stand beside the card, and what they show.
@@ -214,6 +214,10 @@ rate falls towards the end of each run, which by itself raises its last points.
 
 From {half["samples"]:,} to {last["samples"]:,} samples, the share with everything right went from {everything(half)}
 to {everything(last)}: by this it can be judged what more compute would buy.
+
+What true classifier-free guidance does for the last of them, which is not distilled; 1 is none:
+
+{scale_table(curve)}
 """
 
 

@@ -4,7 +4,8 @@
 
 Every checkpoint that a flow run kept (`flow --keep 1000`), and its last, draws the same prompts from the same noise, with true
 classifier-free guidance: it has not learned the guidance embedding yet. A run's samples count on top of those of the runs before it.
-A checkpoint that was measured already is not measured again. Writes `curve.json` and `curve.png`.
+A checkpoint that was measured already is not measured again. The last one also shows what true guidance does, at several scales.
+Writes `curve.json` and `curve.png`.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from flux_lab.training.card import read_json, read_run
 from flux_lab.training.evaluate import as_dicts, obedience_of, sample_captions, sample_scenes
 from flux_lab.training.loop import CHECKPOINT, KEPT, load_trained
 from flux_lab.training.reader import load_reader
-from flux_lab.training.report import curve_table, write_figure
+from flux_lab.training.report import curve_table, scale_table, write_figure
+
+SCALES = (1.0, 2.0, 3.5, 5.0)
 
 
 def checkpoints(runs: list[Path]) -> Iterator[tuple[Path, str, int]]:
@@ -78,23 +81,28 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = FluxPipeline.from_pretrained(options.model, device=options.device)
     reader = load_reader(options.reader).to(options.device)
     stated = sample_captions(sample_scenes(options.prompts))
-    drawing = {"num_inference_steps": options.steps, "guidance_scale": 1.0, "true_cfg_scale": options.true_cfg, "negative_prompt": ""}
     curve = {"points": []} | read_json(options.out / "curve.json")
     settings = {"prompts": options.prompts, "steps": options.steps, "true_cfg": options.true_cfg}
     if curve.setdefault("settings", settings) != settings:
         parser.error(f"--out {options.out}: holds a curve measured with {curve['settings']}, asked for {settings}; use another folder")
     options.out.mkdir(parents=True, exist_ok=True)
+
+    def measure(scale: float) -> dict[str, Any]:
+        drawing = {"num_inference_steps": options.steps, "guidance_scale": 1.0, "true_cfg_scale": scale, "negative_prompt": ""}
+        return as_dicts(obedience_of(pipe, reader, stated, **drawing).table)
+
     for run, name, seen in checkpoints(options.runs):
-        if seen in [point["samples"] for point in curve["points"]]:
-            continue
         pipe.transformer = load_transformer(run / "transformer", device=options.device)
         pipe.transformer.load_state_dict(load_trained(run, "transformer", name))
-        obedience = obedience_of(pipe, reader, stated, **drawing)
-        point = {"samples": seen, "layout": read_run(run).layout, "obedience": as_dicts(obedience.table)}
-        curve["points"] = sorted([*curve["points"], point], key=lambda each: each["samples"])
+        if seen not in [point["samples"] for point in curve["points"]]:
+            point = {"samples": seen, "layout": read_run(run).layout, "obedience": measure(options.true_cfg)}
+            curve["points"] = sorted([*curve["points"], point], key=lambda each: each["samples"])
+            write_json(options.out / "curve.json", curve)
+            draw_curve(options.out / "curve.png", curve)
+    if curve.get("scales", {}).get("samples") != seen:
+        curve["scales"] = {"samples": seen, "obedience": {f"{scale:g}": measure(scale) for scale in SCALES}}
         write_json(options.out / "curve.json", curve)
-        draw_curve(options.out / "curve.png", curve)
-    print(curve_table(curve))
+    print(curve_table(curve), scale_table(curve), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,13 @@ def curve_table(curve: dict[str, Any]) -> str:
     return table(("samples seen", "layout asked", *names), rows)
 
 
+def scale_table(curve: dict[str, Any]) -> str:
+    """The shares that are right at each scale of true guidance; `curve` as curve.py writes it."""
+    found = curve["scales"]["obedience"]
+    rows = [(scale, *(percent(each["share"]) for each in obedience.values())) for scale, obedience in found.items()]
+    return table(("true CFG", *next(iter(found.values()))), rows)
+
+
 # A section of the report and how it is written; those that a report does not have are left out.
 SECTIONS = {
     "obedience": ("Obedience", obedience_section),
