@@ -87,20 +87,21 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--out {options.out}: holds a curve measured with {curve['settings']}, asked for {settings}; use another folder")
     options.out.mkdir(parents=True, exist_ok=True)
 
-    def measure(scale: float) -> dict[str, Any]:
+    def measure(run: Path, name: str, scale: float) -> dict[str, Any]:
+        pipe.transformer = load_transformer(run / "transformer", device=options.device)
+        pipe.transformer.load_state_dict(load_trained(run, "transformer", name))
         drawing = {"num_inference_steps": options.steps, "guidance_scale": 1.0, "true_cfg_scale": scale, "negative_prompt": ""}
         return as_dicts(obedience_of(pipe, reader, stated, **drawing).table)
 
     for run, name, seen in checkpoints(options.runs):
-        pipe.transformer = load_transformer(run / "transformer", device=options.device)
-        pipe.transformer.load_state_dict(load_trained(run, "transformer", name))
-        if seen not in [point["samples"] for point in curve["points"]]:
-            point = {"samples": seen, "layout": read_run(run).layout, "obedience": measure(options.true_cfg)}
-            curve["points"] = sorted([*curve["points"], point], key=lambda each: each["samples"])
-            write_json(options.out / "curve.json", curve)
-            draw_curve(options.out / "curve.png", curve)
+        if seen in [point["samples"] for point in curve["points"]]:
+            continue
+        point = {"samples": seen, "layout": read_run(run).layout, "obedience": measure(run, name, options.true_cfg)}
+        curve["points"] = sorted([*curve["points"], point], key=lambda each: each["samples"])
+        write_json(options.out / "curve.json", curve)
+        draw_curve(options.out / "curve.png", curve)
     if curve.get("scales", {}).get("samples") != seen:
-        curve["scales"] = {"samples": seen, "obedience": {f"{scale:g}": measure(scale) for scale in SCALES}}
+        curve["scales"] = {"samples": seen, "obedience": {f"{scale:g}": measure(run, name, scale) for scale in SCALES}}
         write_json(options.out / "curve.json", curve)
     print(curve_table(curve), scale_table(curve), sep="\n\n")
 

@@ -78,8 +78,7 @@ class GuidanceLoss(TaughtLoss):
         for stop, t in enumerate(levels.unbind(1)):
             if stop:
                 x = x + (t - levels[:, stop - 1])[:, None, None] * velocity.detach()
-            conditional, unconditional = two_passes(self.teacher, x, t, text, without, img_ids)
-            targets.append(torch.lerp(unconditional, conditional, strength))
+            targets.append(guided_velocity(self.teacher, x, t, text, without, img_ids, strength))
             velocity = predict_packed_velocity(self.transformer, x, t, text, img_ids, guidance)
             errors.append(velocity - targets[-1])
         error, target = torch.stack(errors), torch.stack(targets)
@@ -87,19 +86,20 @@ class GuidanceLoss(TaughtLoss):
 
 
 @torch.no_grad()
-def two_passes(
+def guided_velocity(
     model: FluxTransformer2DModel,
     x_t: Float[Tensor, "batch tokens channels"],
     t: Tensor,
     text: Sequence,
     without: Sequence,
     img_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The velocities of a model that was not distilled, with the text and with the empty one: one batch of two."""
+    strength: Tensor | float,
+) -> Float[Tensor, "batch tokens channels"]:
+    """The velocity of a model that was not distilled, with true guidance: with the text and with the empty one in one batch of two."""
     both = tuple(torch.cat(pair) for pair in zip(text, without, strict=True))
     twice = [torch.cat([value] * 2) for value in (x_t, t)]
     conditional, unconditional = predict_packed_velocity(model, *twice, both, img_ids, torch.ones_like(twice[1])).chunk(2)
-    return conditional, unconditional
+    return torch.lerp(unconditional, conditional, strength)
 
 
 class GuidanceBatches(FlowBatches):

@@ -24,7 +24,7 @@ from flux_lab.embeddings import get_timestep_embedding
 from flux_lab.latents import pack_latents
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, default_sigmas
 from flux_lab.training.flow import Encoders, add_options, image_ids, predict_packed_velocity
-from flux_lab.training.guidance import GuidanceBatches, TaughtLoss, train_student, two_passes
+from flux_lab.training.guidance import GuidanceBatches, TaughtLoss, guided_velocity, train_student
 from flux_lab.transformer import FluxTransformer2DModel
 
 STEPS = 4
@@ -91,8 +91,8 @@ class StepLoss(TaughtLoss):
         """Where `SUBSTEPS` Euler steps of the teacher, with true guidance, lead from `here` to `there`."""
         change = (there - here) / SUBSTEPS
         for index in range(SUBSTEPS):
-            conditional, unconditional = two_passes(self.teacher, x, here + index * change, text, without, img_ids)
-            x = x + change[:, None, None] * torch.lerp(unconditional, conditional, GUIDANCE)
+            taught = guided_velocity(self.teacher, x, here + index * change, text, without, img_ids, GUIDANCE)
+            x = x + change[:, None, None] * taught
         return x
 
 
