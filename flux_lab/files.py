@@ -32,5 +32,5 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
+def write_json(file: Path, values: Any) -> None:
     write_text(file, json.dumps(values, indent=2) + "\n")

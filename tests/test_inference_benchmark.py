@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from flux_lab import __main__ as command_line
 from flux_lab.inference import benchmark
 from flux_lab.inference.benchmark import HEADER, Spread, alternate, cells, counted, measure, memory_rate, product_rate, report, run, spread
 from flux_lab.inference.benchmark_cases import CASES, FAST, OURS, REFERENCE, Case, Settings
+from flux_lab.inference.fast_linear import FastLinear
 
 SETTINGS = Settings(repeats=4, product=16)
 
@@ -83,6 +85,14 @@ def test_result_is_compared_and_work_counted(case):
     assert (reference.flops, ours.flops) == (2 * 2 * 8 * 9 * 10, 2 * 8 * 9 * 10)
     assert ours.share == pytest.approx(reference.flops / ours.seconds.median / 1e9), "work is the reference's"
     assert reference.peak_bytes > ours.peak_bytes >= 4 * 8 * 10
+
+
+def test_both_libraries_are_counted():
+    for inputs, outputs in ((16, 32), (512, 1024)):  # F.linear, oneDNN where PyTorch has it
+        layer = FastLinear(torch.nn.Linear(inputs, outputs, bias=False))
+        _, flops, _ = counted(partial(layer, torch.randn(2, 5, inputs)), Case("layer", {}, weights=[]))
+        assert flops == 2 * 2 * 5 * inputs * outputs
+    assert benchmark.time_in_products(partial(layer, torch.ones(900, inputs))) > 0.8
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -9,7 +9,7 @@ from test_transformer import CONFIGS, make_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flux_lab.config import FLUX_MINI, TINY
-from flux_lab.inference.fast_transformer import FastFluxTransformer2DModel, attend, fuse, gelu_, modulated_norm, unit_
+from flux_lab.inference.fast_transformer import FastFluxTransformer2DModel, attend, gelu_, modulated_norm, unit_
 from flux_lab.transformer import FluxTransformer2DModel
 
 
@@ -120,16 +120,6 @@ def test_both_forms_of_gelu(monkeypatch):
     torch.testing.assert_close(gelu_(x.clone()), wanted)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     torch.testing.assert_close(gelu_(x.clone()), wanted)
-
-
-def test_fuse():
-    first, second = torch.nn.Linear(4, 3), torch.nn.Linear(4, 5)
-    x = torch.randn(2, 4)
-    torch.testing.assert_close(fuse(first, second)(x), torch.cat([first(x), second(x)], dim=-1))
-    with pytest.raises(
-        ValueError, match="pipe: expected plain linear layers, got Identity: make it fast before it is quantized or hoisted"
-    ):
-        fuse(first, torch.nn.Identity())
 
 
 @pytest.mark.parametrize("name", ["qkv", "norm", "gate"])

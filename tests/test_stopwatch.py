@@ -11,6 +11,7 @@ from flux_lab.instruments.stopwatch import KINDS, REST, kind_of, time_by_kind
     ("operation", "kind"),
     [
         ("aten::addmm", "matrix products"),
+        ("mkldnn::_linear_pointwise", "matrix products"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention product"),
         ("aten::native_layer_norm", "norms"),
         ("aten::gelu_", "GELU"),

@@ -8,33 +8,38 @@ already keeps its other cases, so that the whole can be measured in pieces; benc
 """
 
 import json
+import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from flux_lab.files import write_text
+from flux_lab import files
 from flux_lab.inference.benchmark_cases import CASES, COMPILED, QUICK, REFERENCE, Case, Settings
+from flux_lab.inference.fast_linear import FastLinear
 from flux_lab.inference.live_bytes import LiveBytes
 
 GIGA, MEBI = 1e9, 2**20
 LEAST_ROUNDS = 3
-# PyTorch's counter does not know attention's kernel for CPUs.
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+# PyTorch's counter does not know attention's kernel for CPUs, nor oneDNN's product. Each gets the shapes of the arguments.
+KERNELS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
 }
+if torch.backends.mkldnn.is_available():
+    KERNELS[torch.ops.mkldnn._linear_pointwise] = lambda rows, weight, *_, **__: 2 * math.prod(rows) * weight[0]
 # What the profiler calls the operations that multiply matrices, and no others inside them.
-PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution", *(str(op).split(".")[-1] for op in ATTENTION))}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "convolution")} | {str(op).replace(".", "::") for op in KERNELS}
 
 
 class Spread(NamedTuple):
@@ -100,10 +105,11 @@ def alternate(sides: dict[str, Callable[[], Any]], settings: Settings) -> dict[s
 
 
 def product_rate(size: int, dtype: torch.dtype, device: str, repeats: int = 7) -> float:
-    """FLOPs a second of a square matrix product, the best of several: what this machine can do."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    torch.mm(left, right)
-    return 2 * size**3 / min(seconds_of(lambda: torch.mm(left, right), device) for _ in range(repeats))
+    """FLOPs a second of a square matrix product, the best of several and of both libraries: what this machine can do."""
+    rows, layer = torch.randn(size, size, device=device).to(dtype), nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    with torch.no_grad():
+        calls = [partial(each, rows) for each in (layer, FastLinear(layer))]
+        return 2 * size**3 / min(seconds_of(call, device) for _ in range(repeats + 1) for call in calls)
 
 
 def memory_rate(device: str, count: int = 2**25, repeats: int = 7) -> float:
@@ -134,7 +140,7 @@ def measure(case: Case, settings: Settings, rate: float) -> list[Result]:
                 peak_bytes=peak,
                 flops=flops,
                 share=work / median / rate if work else None,
-                in_products=time_in_products(case.sides[side]) if flops and settings.device == "cpu" else None,
+                in_products=time_in_products(case.sides[side]) if case.counted and settings.device == "cpu" else None,
                 rounds=len(seconds),
             )
         )
@@ -159,7 +165,7 @@ def relative_error(given: Tensor | None, wanted: Tensor | None) -> float | None:
 def counted(call: Callable[[], Any], case: Case) -> tuple[Tensor | None, int, int]:
     """What a call gives, its FLOPs and its peak bytes."""
     weights = [tensor for model in case.weights for tensor in (*model.parameters(), *model.buffers())]
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter, LiveBytes(ignored=weights) as live:
+    with FlopCounterMode(display=False, custom_mapping=KERNELS) as counter, LiveBytes(ignored=weights) as live:
         output = call()
     return output, counter.get_total_flops(), live.peak
 
@@ -223,7 +229,7 @@ def write_json(file: Path, held: dict[str, Any], results: Sequence[Result]) -> N
     replaced = {result.case for result in results}
     held["results"] = [row for row in held["results"] if row["case"] not in replaced] + rows
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(held, indent=1) + "\n")
+    files.write_json(file, held)
 
 
 def main(only: Sequence[str] = (), json_file: Path | None = None, quick: bool = False, compile: bool = False, device: str = "cpu") -> int:

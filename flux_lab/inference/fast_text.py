@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flux_lab.clip import CLIPAttention, CLIPTextModel
-from flux_lab.inference.fast_transformer import fuse
+from flux_lab.inference.fast_linear import FastLinear
 from flux_lab.t5 import T5Attention, T5DenseGatedActDense, T5EncoderModel
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,7 +31,7 @@ class FastCLIPAttention(nn.Module):
     def __init__(self, attention: CLIPAttention):
         super().__init__()
         self.num_heads, self.out_proj = attention.num_heads, attention.out_proj
-        self.qkv = fuse(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = FastLinear(attention.q_proj, attention.k_proj, attention.v_proj)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         attended = F.scaled_dot_product_attention(*heads_of(self.qkv(hidden_states), self.num_heads), is_causal=True)
@@ -44,7 +44,7 @@ class FastT5Attention(nn.Module):
     def __init__(self, attention: T5Attention):
         super().__init__()
         self.num_heads, self.o = attention.config.num_heads, attention.o
-        self.qkv = fuse(attention.q, attention.k, attention.v)
+        self.qkv = FastLinear(attention.q, attention.k, attention.v)
         self.bias = None
         if hasattr(attention, "relative_attention_bias"):
             # Kept as a reference attention without its projections: it knows how to make the table.
@@ -74,14 +74,20 @@ class FastT5DenseGatedActDense(nn.Module):
         return self.wo(gated.to(self.wo.weight.dtype))
 
 
-FAST = {CLIPAttention: FastCLIPAttention, T5Attention: FastT5Attention, T5DenseGatedActDense: FastT5DenseGatedActDense}
+FAST = {
+    CLIPAttention: FastCLIPAttention,
+    T5Attention: FastT5Attention,
+    T5DenseGatedActDense: FastT5DenseGatedActDense,
+    nn.Linear: FastLinear,  # those that are left
+}
 
 
 @torch.no_grad()
 def fast_text_encoder(model: CLIPTextModel | T5EncoderModel) -> CLIPTextModel | T5EncoderModel:
     """The same encoder with fused projections; `model` is left as it is."""
     faster = sharing_copy(model)
-    for name, module in list(faster.named_modules()):
-        if type(module) in FAST:
-            faster.set_submodule(name, FAST[type(module)](module))
+    for kind, make_fast in FAST.items():
+        for name, module in list(faster.named_modules()):
+            if type(module) is kind:
+                faster.set_submodule(name, make_fast(module))
     return faster

@@ -12,7 +12,7 @@ First-block caching (off by default) changes the result: where the first block s
 that all other blocks made then is used again. Source: TeaCache (Liu et al. 2024, arXiv 2411.19108), ParaAttention's first block cache.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -23,29 +23,12 @@ from torch import Tensor, nn
 from flux_lab.attention import FluxAttention
 from flux_lab.blocks import FLOAT16_MAX, FluxSingleTransformerBlock, FluxTransformerBlock
 from flux_lab.embeddings import get_timestep_embedding
+from flux_lab.inference.fast_linear import FastLinear, check_plain
 from flux_lab.normalization import EPS
 from flux_lab.transformer import TIME_SCALE, FluxTransformer2DModel
 
 # On a CPU, a loop over fewer numbers than that for each thread is not worth waking a second thread.
 COMPILER = {"cpp.min_chunk_size": 2**14}
-
-
-def fuse(*linears: nn.Linear) -> nn.Linear:
-    """One linear layer with the outputs of all side by side. Raises ValueError for a layer that is not a plain `nn.Linear`."""
-    check_plain(linears)
-    outputs = sum(linear.out_features for linear in linears)
-    fused = nn.Linear(linears[0].in_features, outputs, bias=linears[0].bias is not None, device="meta")
-    fused.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
-    if fused.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
-    return fused
-
-
-def check_plain(layers: Iterable[nn.Module]) -> None:
-    for layer in layers:
-        if type(layer) is not nn.Linear:
-            found = type(layer).__name__
-            raise ValueError(f"pipe: expected plain linear layers, got {found}: make it fast before it is quantized or hoisted")
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -110,9 +93,9 @@ class FastStream(nn.Module):
 
     def __init__(self, attn: FluxAttention, names: Sequence[str], norms: Sequence[str], out: nn.Linear, ff: nn.Module):
         super().__init__()
-        self.qkv = fuse(*(getattr(attn, name) for name in names))
+        self.qkv = FastLinear(*(getattr(attn, name) for name in names))
         self.norm = rms_weights(*(getattr(attn, name) for name in norms))
-        self.out, self.up, self.down = out, ff.net[0].proj, ff.net[2]
+        self.out, self.up, self.down = map(FastLinear, (out, ff.net[0].proj, ff.net[2]))
 
     def add_(self, x: Tensor, attended: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, mlp_gate: Tensor) -> None:
         x.addcmul_(gate, self.out(attended))
@@ -163,9 +146,9 @@ class FastSingleTransformerBlock(FastBlock):
 
     def __init__(self, block: FluxSingleTransformerBlock):
         super().__init__(block.attn)
-        self.qkv_mlp = fuse(block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
+        self.qkv_mlp = FastLinear(block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
         self.norm = rms_weights(block.attn.norm_q, block.attn.norm_k)
-        self.proj_out = block.proj_out
+        self.proj_out = FastLinear(block.proj_out)
 
     def forward(self, x: Tensor, length: int, signals: Sequence[Tensor], rotation: Tensor) -> None:
         shift, scale, gate = signals
@@ -177,7 +160,7 @@ class FastSingleTransformerBlock(FastBlock):
         hidden[..., 2 * dim : 3 * dim] = attend(qk, qkv[:, :, 2], rotation)
         gelu_(hidden[..., 3 * dim :])
         both = hidden.flatten(0, 1)[:, 2 * dim :]
-        x.addcmul_(gate, torch.addmm(self.proj_out.bias, both, self.proj_out.weight.T).view_as(x))
+        x.addcmul_(gate, self.proj_out(both).view_as(x))
         clip_float16_(x)
 
 

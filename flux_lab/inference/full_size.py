@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from flux_lab.checkpoints import TRANSFORMER
 from flux_lab.config import FluxTransformer2DConfig
-from flux_lab.files import replacing
+from flux_lab.files import write_json
 from flux_lab.inference.budget import check_device, gb, parse_bytes
 from flux_lab.inference.hoisting import Conditioning
 from flux_lab.inference.int8 import integer_product
@@ -254,8 +254,7 @@ def keep(result: dict[str, Any], file: Path) -> None:
     """Put a result into a file of results, in the place of an older one of the same run."""
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     results = [each for each in results if any(each[name] != result[name] for name in SAME_RUN)] + [result]
-    with replacing(file) as new:
-        new.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(file, results)
 
 
 def machine(device: str) -> str:

@@ -5,7 +5,6 @@
 prints a table, one row a component: the largest absolute difference in each dtype, or "equal" when every bit is the same.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -14,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from flux_lab import data_dir
-from flux_lab.files import write_text
+from flux_lab import data_dir, files
 from flux_lab.instruments.parity_cases import Case, cases
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -109,7 +107,7 @@ def write_json(file: Path, table: list[tuple[Case, dict[str, Result]]]) -> None:
         }
         for case, results in table
     ]
-    write_text(file, json.dumps({"versions": versions(), "rows": found}, indent=2) + "\n")
+    files.write_json(file, {"versions": versions(), "rows": found})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 # What an operation is for -> its names in PyTorch. What fits none is bookkeeping: views, sizes, the choice of a kernel, and Python.
 KINDS = {
-    "matrix products": r"aten::(addmm|mm|bmm|baddbmm|convolution.*|mkldnn_convolution)$",
+    "matrix products": r"aten::(addmm|mm|bmm|baddbmm|convolution.*|mkldnn_convolution)$|mkldnn::_linear_pointwise$",
     "attention product": r"aten::_scaled_dot_product",
     "norms": r"aten::(native_layer_norm|_fused_rms_norm|native_group_norm|linalg_vector_norm|hypot|pow_?|rsqrt_?|mean|sum|square_?)$",
     "GELU": r"aten::gelu_?$",
@@ -48,7 +48,7 @@ def time_by_kind(call: Callable[[], Any], repeats: int = 7) -> Timing:
     whole, kinds = min(seconds), Counter(dict.fromkeys(KINDS, 0.0))
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         call()
-    operations = [event for event in seen.key_averages() if event.key.startswith("aten::")]
+    operations = [event for event in seen.key_averages() if event.key.startswith(("aten::", "mkldnn::"))]
     for operation in operations:
         kinds[kind_of(operation.key)] += operation.self_cpu_time_total / 1e6
     kinds[REST] = max(whole - sum(kinds[kind] for kind in KINDS), 0.0)

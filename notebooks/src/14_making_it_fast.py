@@ -23,6 +23,7 @@ import flux_lab
 from flux_lab import inference, instruments, shapes
 from flux_lab.inference import benchmark, benchmark_report, fast_transformer
 from flux_lab.inference.fast import FastFluxPipeline
+from flux_lab.inference.fast_linear import FastLinear
 from flux_lab.instruments import FLUX_1_DEV, Table, explore, plots, show, source
 from flux_lab.instruments.stopwatch import time_by_kind
 from flux_lab.instruments.work import flops_by_part
@@ -262,11 +263,13 @@ for name, network in (("miniature", model), ("FLUX.1-dev", giant)):
 def four_and_one(width, tokens):
     """Ratio of one product to four: predicted and measured."""
     layers = [torch.nn.Linear(width, out) for out in (width, width, width, 4 * width)]
-    fused, rows = fast_transformer.fuse(*layers), torch.randn(tokens, width)
+    fused, rows = FastLinear(*layers), torch.randn(tokens, width)
     product = 2 * tokens * width * 7 * width / rate
     predicted = (linear_call + product) / (4 * linear_call + product)
     return predicted, measured(
-        lambda: [layer(rows) for layer in layers], lambda: fused(rows), rounds=9
+        lambda: [layer(rows) for layer in layers],
+        lambda: F.linear(rows, fused.weight, fused.bias),
+        rounds=9,
     )
 
 
@@ -274,10 +277,41 @@ note("fused projections, width 96", *four_and_one(96, tokens=96))
 note("fused projections, width 1536", *four_and_one(1536, tokens=96))
 
 # %% [markdown]
-# Above 1 at the large width? There the calls are nothing, and the library cuts one wide matrix into pieces otherwise than four
-# narrow ones: on some processors that is slower. A trick that helps at one size can cost at another.
+# At the large width the calls are nothing. What is left of the trick, a gain or a loss, is how well the library cuts one wide matrix
+# into pieces for the cache.
 #
-# ### Trick 3: keep what does not change
+# ### Trick 3: ask the better library
+#
+# The library? PyTorch multiplies no matrices itself. On an x86 processor it has two libraries for that: MKL, which `F.linear` asks
+# for float32, and oneDNN, which it asks for bfloat16 and for convolutions. Both add up the same products. `FastLinear` asks oneDNN
+# for float32 as well, if the layer has 262,144 weights or more; below that, its call costs more than it gains.
+#
+# *Prediction*: first measure the rate of each on a square matrix, then take their ratio for a layer of another shape. (On other
+# processors there is only one library, and the ratio is 1.)
+
+# %%
+square, square_rows = torch.nn.Linear(1024, 1024, bias=False), torch.randn(1024, 1024)
+both_libraries = {"F.linear": square, "FastLinear": FastLinear(square)}
+each_rate = {
+    name: 2 * 1024**3 / seconds(lambda layer=layer: layer(square_rows), 7)
+    for name, layer in both_libraries.items()
+}
+for name, found in each_rate.items():
+    print(f"{name:10} {found / 1e9:5.0f} GFLOP/s")
+wide_layer, wide_rows = torch.nn.Linear(1536, 4 * 1536), torch.randn(96, 1536)
+better = FastLinear(wide_layer)
+torch.testing.assert_close(better(wide_rows), wide_layer(wide_rows), rtol=1e-4, atol=1e-4)
+note(
+    "better library, width 1536",
+    each_rate["F.linear"] / each_rate["FastLinear"],
+    measured(lambda: wide_layer(wide_rows), lambda: better(wide_rows), rounds=9),
+)
+
+# %% [markdown]
+# Is the gain larger than predicted? The prediction was made at another shape: with few rows and many weights a library has to read much
+# for each product, and the two differ most there.
+#
+# ### Trick 4: keep what does not change
 #
 # The text goes through a linear layer, and the positions become tables of cosines and sines (lesson 04), at every step the
 # same. *Prediction*: the tables are made by many tiny operations, so count the calls.
@@ -298,7 +332,7 @@ note(
 )  # half of the operations are views, nearly free
 
 # %% [markdown]
-# ### Trick 4: say more in one operation
+# ### Trick 5: say more in one operation
 #
 # Normalise, multiply by 1 + scale, add the shift: four operations on the same numbers. But a layer norm has a weight and a
 # bias of its own, which FLUX leaves empty. With weight = 1 + scale and bias = shift, *one* operation does it all.
@@ -326,7 +360,7 @@ note("norm in one operation", 1 / 4, measured(several, in_one, rounds=200))
 # The same idea, elsewhere in the fast code: the rotation of queries and keys is one product of complex numbers; both are
 # normalised together; the gate is `addcmul_`, multiply and add into the stream in one call.
 #
-# ### Trick 5: leave the checks outside
+# ### Trick 6: leave the checks outside
 #
 # Our readable code checks every shape. *Prediction*: what one check costs, times the number of checked calls. The fast
 # network has no checks inside; a picture is checked once, at the door.
@@ -347,7 +381,7 @@ predicted = 1 - calls * one_check / timings["ours"].seconds
 note("no shape checks", predicted, measured(steps["ours"], without_checks))
 
 # %% [markdown]
-# ### Trick 6: half the bits
+# ### Trick 7: half the bits
 #
 # `bfloat16` keeps the range of `float32` and 8 bits of its precision. Half the bytes to move, and some processors multiply
 # it faster. *Prediction*: only the products get faster, by the ratio of the two rates, measured on a small product.
@@ -372,7 +406,7 @@ print(f"and the velocity is off by {(half_step().float() - step()).norm() / step
 # up to float32 and back. On a GPU, and for large products on newer processors, the gain can be large: the roofline at the end
 # shows both rates of your machine. And it is the first trick that is *not* exact.
 #
-# ### Trick 7: several pictures at once
+# ### Trick 8: several pictures at once
 #
 # Eight pictures in one batch need eight times the FLOPs, but no more calls than one. *Prediction*: what one step takes at the
 # rate $R$ is paid eight times, all else once.
@@ -419,14 +453,14 @@ print(
 print(f"fast step as a share of ours       {measured(steps['ours'], step).median:.2f}")
 
 # %% [markdown]
-# ### Trick 8: let a compiler do it
+# ### Trick 9: let a compiler do it
 #
 # `torch.compile` reads the operations, joins what stands between the products into a few loops, writes them in C++ and
 # compiles them: `inference.fast(pipe, compile=True)`. It needs a C++ compiler, and minutes for the first picture of each
 # size, so it is not run here. This was measured with the benchmark of the package:
 #
-#     make bench                                    # everything, about 12 minutes
-#     flux-lab bench --compile --only step          # one step, also compiled
+#     make bench BENCH=--compile                    # everything, also compiled: 24 minutes
+#     flux-lab bench --compile --only step          # one step
 #
 # The stored results:
 
@@ -446,7 +480,7 @@ show(
 
 # %% [markdown]
 # *What to see*: the gains are large where tensors are small, in the miniature, and small where they are large: blocks of
-# FLUX.1-dev's width spend nearly all of their time in matrix products, which everybody takes from the same library. There,
+# FLUX.1-dev's width spend nearly all of their time in matrix products, so only the choice of the library counts (trick 3). There,
 # the table's column *of the product rate* tells how well: the share of the rate that one large product reaches.
 # *Its products alone*, where it was measured, is the part of `fast` that only faster products could make shorter: where it
 # is nearly the ratio itself, nothing else is left to win.
@@ -477,7 +511,7 @@ show(
 # *What to see*: all curves bend upward, because the attention product grows with the square of the tokens. The more tokens,
 # the less the calls matter, and the nearer the ratio comes to 1.
 #
-# ### Trick 9, not exact: skip most of a step
+# ### Trick 10, not exact: skip most of a step
 #
 # Two steps in a row say nearly the same. **First-block caching** runs the first block in every step. If what it adds has
 # changed by less than a threshold since the last full step, the other 56 blocks are left out, and what they added *then* is
@@ -576,13 +610,16 @@ for name, (intensity, reached) in points.items():
 # %% [markdown]
 # *What to see*: the roof's corner is where arithmetic and memory take equally long. A layer with one row stands far to the
 # left in both models: that is the modulation, and that is why hoisting it is right at every size. The big products of
-# FLUX.1-dev stand far to the right, under the flat part: only a higher $R$ helps them (bfloat16, a GPU), and no amount of
+# FLUX.1-dev stand far to the right, under the flat part: only a higher $R$ helps them (a better library, bfloat16, a GPU), and no amount of
 # cleverness around them. The miniature's dots hang *below* the roof: neither arithmetic nor memory holds them, but $n\,t_0$.
 # A dot above the slope had its numbers in the cache.
 #
 # ## The real code
 #
-# All of the fast transformer. First what stands between the products:
+# All of the fast transformer. First the products, then what stands between them:
+
+# %%
+source(FastLinear)
 
 # %%
 source(fast_transformer.unit_)
@@ -615,7 +652,7 @@ source(fast_transformer.FastFluxTransformer2DModel, docstring=False)
 
 # %% [markdown]
 # `step` computes in *inference mode*, where PyTorch keeps no books for gradients, and gives out a plain tensor. The rest of the
-# fast pipeline is shorter: the text encoders' projections are fused and T5's bias table is kept (`fast_text.py`), the decoder
+# fast pipeline is shorter: the text encoders' layers are fused or replaced and T5's bias table is kept (`fast_text.py`), the decoder
 # works with channels last in memory and doubles and smooths in one convolution (`fast_autoencoder.py`), and a negative prompt
 # is one batch of two (`fast.py`):
 
@@ -1079,7 +1116,7 @@ def reused_steps(firsts, threshold):
 #
 # 1. Time is calls × $t_0$, plus the longer of FLOPs / $R$ and bytes / $B$. Profile first, predict, then measure alternating.
 # 2. The miniature is held back by the number of calls: hoist, fuse, keep tables, say more in one operation. FLUX.1-dev's blocks are
-#    held back by $R$: only cheaper arithmetic helps them.
+#    held back by $R$: only a better library or cheaper arithmetic helps them.
 # 3. The modulation never sees the picture: made once for all steps, exactly. It is 27 % of the parameters and next to none of the
 #    work.
 # 4. bfloat16 and caching change the result; all the rest equals the reference up to rounding. Say which, and by how much.
