@@ -35,19 +35,19 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_what_is_quick_is_passed_on(way: str) -> None:
-    assert call(lambda x, y: x - y, [5, 3], seconds=5) == 2
+    assert call(lambda x, y: x - y, [5, 3], seconds=60) == 2
     with pytest.raises(KeyError, match="width"):
-        call({}.__getitem__, ["width"], seconds=5)
+        call({}.__getitem__, ["width"], seconds=60)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            assert call(torch.is_grad_enabled, [], seconds=5) is grad
+            assert call(torch.is_grad_enabled, [], seconds=60) is grad
 
 
 def test_sleeping_call_is_given_up(way: str) -> None:
     start = time.monotonic()
     with pytest.raises(HangingError):
-        call(time.sleep, [3], seconds=0.1)
-    assert time.monotonic() - start < 2
+        call(time.sleep, [60], seconds=0.1)
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no alarm on this system")
@@ -56,14 +56,14 @@ def test_alarm_ends_the_function_itself(function) -> None:
     def ring(*_):
         raise AssertionError("the alarm of somebody else")
 
-    before, threads = signal.signal(signal.SIGALRM, ring), threading.active_count()
-    signal.setitimer(signal.ITIMER_REAL, 60)
+    before, threads = signal.signal(signal.SIGALRM, ring), set(threading.enumerate())
+    signal.setitimer(signal.ITIMER_REAL, 600)
     try:
         with pytest.raises(HangingError):
             call(function, [], seconds=0.1)
         assert signal.getsignal(signal.SIGALRM) is ring
-        assert 50 < signal.getitimer(signal.ITIMER_REAL)[0] <= 60
-        assert threading.active_count() == threads
+        assert 500 < signal.getitimer(signal.ITIMER_REAL)[0] <= 600
+        assert set(threading.enumerate()) <= threads, "none was started"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -74,11 +74,11 @@ def test_another_thread_has_a_limit_too() -> None:
 
     def work():
         try:
-            call(time.sleep, [3], seconds=0.1)
+            call(time.sleep, [60], seconds=0.1)
         except HangingError as error:
             seen.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
-    thread.join(timeout=2)
+    thread.join(timeout=30)
     assert len(seen) == 1

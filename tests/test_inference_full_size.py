@@ -10,7 +10,7 @@ from flux_lab.inference.full_size import main, make_inputs, seconds_of_products
 
 
 def test_products_are_timed():
-    assert 0 < seconds_of_products(TINY, make_inputs(TINY, size=32, length=5, device="cpu"), "int8", "cpu") < 10
+    assert 0 < seconds_of_products(TINY, make_inputs(TINY, size=32, length=5, device="cpu"), "int8", "cpu") < 100
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is there")

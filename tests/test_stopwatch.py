@@ -34,8 +34,7 @@ def test_times_add_up_and_stand_where_they_belong():
 
     timing = time_by_kind(call, repeats=3)
     assert set(timing.kinds) == {*KINDS, REST}
-    assert timing.kinds["matrix products"] > timing.kinds["GELU"] > 0
-    assert timing.kinds["attention product"] == 0
     assert all(seconds >= 0 for seconds in timing.kinds.values())
+    assert {kind for kind, seconds in timing.kinds.items() if seconds} - {REST} == {"matrix products", "GELU"}
     assert sum(timing.kinds.values()) >= 0.999 * timing.seconds
     assert timing.operations >= 3, "matmul, mm, gelu"

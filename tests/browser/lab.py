@@ -17,9 +17,9 @@ from pathlib import Path
 from playwright.sync_api import Browser, Locator, Page, TimeoutError, sync_playwright
 
 TOKEN = "flux-lab-tests"
-START_SECONDS = 60
+START_SECONDS = 180  # long enough for a busy machine: the waits end as soon as there is something to see
 RUN_SECONDS = 600
-CHANGE_SECONDS = 60
+CHANGE_SECONDS = 180
 VIEWPORT = {"width": 1300, "height": 900}
 PIECE, TOOLBARS = 2400, 150  # pixels of a notebook on one screenshot, and of what stands above it
 ERROR = "application/vnd.jupyter.error"
@@ -119,7 +119,7 @@ class Lesson:
         boxes = self.page.locator(".jp-Notebook .jp-OutputArea .widget-vbox")
         expected = sum(WIDGET in output.get("data", {}) for output in self.page.evaluate(OUTPUTS))
         for number in range(expected):  # they are drawn some time after their cell has run
-            boxes.nth(number).locator(".widget-image").wait_for(timeout=START_SECONDS * 1000)
+            boxes.nth(number).locator(".widget-image").wait_for()
         return boxes.locator("> .jupyter-widgets:not(.widget-html):not(.widget-image)").all()
 
     def move(self, control: Locator) -> str | None:
@@ -180,7 +180,7 @@ def errors(outputs: list[dict]) -> list[str]:
 def browse() -> Iterator[Browser]:
     arguments = ["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments)
+        browser = playwright.chromium.launch(executable_path=chromium(), args=arguments, timeout=START_SECONDS * 1000)
         try:
             yield browser
         finally:
@@ -191,8 +191,9 @@ def browse() -> Iterator[Browser]:
 def open_lab(browser: Browser, url: str) -> Iterator[Page]:
     """JupyterLab with no notebook open, ready for commands."""
     with contextlib.closing(browser.new_page(viewport=VIEWPORT)) as page:
+        page.set_default_timeout(START_SECONDS * 1000)
         page.goto(f"{url}/lab?reset&token={TOKEN}")
-        page.wait_for_function("() => window.jupyterapp?.commands.hasCommand('docmanager:open')", timeout=START_SECONDS * 1000)
+        page.wait_for_function("() => window.jupyterapp?.commands.hasCommand('docmanager:open')")
         page.evaluate("() => window.jupyterapp.restored.then(() => null)")
         yield page
 
@@ -202,7 +203,7 @@ def open_lesson(page: Page, name: str) -> Iterator[Lesson]:
     """Open a notebook and wait for its kernel; at the end shut the kernel down and close the notebook, as it was before."""
     page.set_viewport_size(VIEWPORT)
     page.evaluate("path => window.jupyterapp.commands.execute('docmanager:open', {path}).then(() => null)", name)
-    page.wait_for_function(READY, timeout=START_SECONDS * 1000)
+    page.wait_for_function(READY)
     try:
         yield Lesson(page, name)
     finally:

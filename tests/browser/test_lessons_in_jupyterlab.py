@@ -87,7 +87,7 @@ def test_error_in_a_cell_is_seen(page: Page) -> None:
 
 
 def test_control_without_effect_or_with_an_error_is_seen(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab, "CHANGE_SECONDS", 2)
+    monkeypatch.setattr(lab, "CHANGE_SECONDS", 10)
     with lab.open_lesson(page, "bad_controls.ipynb") as lesson:
         assert lab.errors(lesson.run_all()) == []
         faults = [lesson.move(control) for control in lesson.controls()]
