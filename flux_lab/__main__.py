@@ -347,7 +347,10 @@ def files_for(arguments: argparse.Namespace, seed: int) -> tuple[Path, Path | No
     else:
         file = out / f"{slug(arguments.prompt)}_{seed}.png"
     if isinstance(strip, Path):
-        return file, numbered(strip, seed) if arguments.count > 1 else strip
+        strip = numbered(strip, seed) if arguments.count > 1 else strip
+        if strip.resolve() == file.resolve():
+            raise ValueError(f"--filmstrip: expected another file than the picture's, got {str(strip)!r}")
+        return file, strip
     return file, file.with_stem(f"{file.stem}_steps") if strip else None
 
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import AutoencoderKLConfig, CLIPTextConfig, Config, FluxTransformer2DConfig, T5Config
-from flux_lab.files import replacing
+from flux_lab.files import replacing, write_json
 from flux_lab.original_layout import AUTOENCODER_RENAMING, LINEAR, SPLIT, SWAP, TRANSFORMER_RENAMING, Renaming, rename
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
 from flux_lab.t5 import T5EncoderModel
@@ -275,17 +275,35 @@ def read_model_index(folder: str | Path, layout: PipelineLayout = FLUX_LAYOUT) -
 def load_component(
     component: Component, path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", config: Any = None
 ) -> Any:
-    """Load the model that `component` describes; `path`, `dtype` and `config` as for `load_transformer`. Raises CheckpointError."""
+    """Load the model that `component` describes; `path`, `dtype` and `config` as for `load_transformer`.
+
+    Raises CheckpointError, and ValueError for a device that is not there, before any file is looked for.
+    """
+    device = check_device(device)
     location = _locate(component, path)
     header = _read_header(component, location)
     pieces = _name_pieces(component, header)
     config = config or _read_config(component, location, pieces, header)
-    model = component.empty(config)
+    with _naming(location):
+        model = component.empty(config)
     names = list(model.state_dict())
     sources = _match(component, location, model, pieces, header)
     tensors = _read_tensors(component, sources, dtype, device)
     model.load_state_dict({name: tensors[component.tied.get(name, name)] for name in names}, strict=True, assign=True)
     return model.eval()
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device if it is there and holds numbers, which `meta` does not. Raises ValueError for any other."""
+    try:
+        found = torch.device(device)
+        torch.zeros((), device=found).item()
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected one that is here, got {str(device)!r} ({reason}); `flux-lab doctor` says what there is"
+        ) from error
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- 1. find the files
@@ -323,6 +341,8 @@ def local_folder(path: str | Path, parts: Iterable[str] = PIPELINE_PARTS, compon
         raise CheckpointError(path, how) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(path, "no such folder, and no such model on the hub, or it is private: `hf auth login`") from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(path, f"no such folder, and no hub id ({error})") from error
     except OSError as error:
         raise CheckpointError(path, f"no such folder, nor in the hub's cache, and the hub cannot be reached ({error})") from error
 
@@ -340,7 +360,7 @@ def _download_patterns(parts: Iterable[str], components: dict[str, Component]) -
     return patterns
 
 
-def _weight_files(component: Component, location: Path) -> dict[Path, set[str] | None]:
+def weight_files_of(component: Component, location: Path) -> dict[Path, set[str] | None]:
     """The safetensors files, and the keys to take from each: None for all."""
     if location.is_file():
         return {location: None}
@@ -398,7 +418,7 @@ class Piece(NamedTuple):
 
 def _read_header(component: Component, location: Path) -> dict[str, Entry]:
     """Name and shape of every tensor that is ours, without the prefix."""
-    entries = [entry for file, keys in _weight_files(component, location).items() for entry in _read_file_header(component, file, keys)]
+    entries = [entry for file, keys in weight_files_of(component, location).items() for entry in _read_file_header(component, file, keys)]
     for prefix in component.prefixes:
         if any(entry.key.startswith(prefix) for entry in entries):
             return {entry.key.removeprefix(prefix): entry for entry in entries if entry.key.startswith(prefix)}
@@ -408,7 +428,7 @@ def _read_header(component: Component, location: Path) -> dict[str, Entry]:
 def _read_file_header(component: Component, file: Path, keys: set[str] | None) -> list[Entry]:
     entries = []
     with contextlib.ExitStack() as stack:
-        handle = _open(file, "cpu", stack)
+        handle = _open(file, stack)
         present = set(handle.keys())
         for key in sorted(present if keys is None else keys):
             if key not in present:
@@ -422,11 +442,11 @@ def _read_file_header(component: Component, file: Path, keys: set[str] | None) -
     return entries
 
 
-def _open(file: Path, device: str, stack: contextlib.ExitStack) -> Any:
+def _open(file: Path, stack: contextlib.ExitStack) -> Any:
     if not file.is_file():
         raise CheckpointError(file, "a safetensors file, which the index names", "nothing")
     try:
-        return stack.enter_context(safe_open(file, framework="pt", device=device))
+        return stack.enter_context(safe_open(file, framework="pt"))
     except (SafetensorError, OSError) as error:
         _refuse_pickle(file)
         raise CheckpointError(file, "a whole safetensors file", f"{file.stat().st_size} bytes, truncated or corrupt ({error})") from error
@@ -504,17 +524,16 @@ def _match(component: Component, location: Path, model: nn.Module, pieces: list[
 # ------------------------------------------------------------------------------------------------------------- 4. read the numbers
 
 
-def _read_tensors(
-    component: Component, sources: dict[str, Source], dtype: torch.dtype | None, device: torch.device | str
-) -> dict[str, Tensor]:
+def _read_tensors(component: Component, sources: dict[str, Source], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
     """The parameters. On the CPU they are the file itself, mapped into memory, unless the dtype changes."""
     tensors, entry, whole = {}, None, None
     with contextlib.ExitStack() as stack:
-        handles = {file: _open(file, str(device), stack) for file in {source.entry.file for source in sources.values()}}
+        files = {source.entry.file for source in sources.values()}
+        handles = {file: stack.enter_context(safe_open(file, framework="pt", device=str(device))) for file in files}
         for name, source in sources.items():
             if source.entry != entry:
                 entry, whole = source.entry, handles[source.entry.file].get_tensor(source.entry.key)
-            tensors[name] = _take(whole, source).to(_dtype_of(component, name, dtype or whole.dtype))
+            tensors[name] = _take(whole, source).to(dtype_of(component, name, dtype or whole.dtype))
     return tensors
 
 
@@ -529,7 +548,7 @@ def _take(whole: Tensor, source: Source) -> Tensor:
     return whole
 
 
-def _dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtype:
+def dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, but fp32 for the modules whose result is too large for fp16: T5 names them."""
     kept = getattr(component.model, "_keep_in_fp32_modules", ())
     return torch.float32 if dtype == torch.float16 and any(word in kept for word in name.split(".")) else dtype
@@ -541,22 +560,55 @@ def _dtype_of(component: Component, name: str, dtype: torch.dtype) -> torch.dtyp
 def save_model(model: nn.Module, folder: str | Path, components: dict[str, Component] = COMPONENTS) -> None:
     """Write a model in the diffusers layout (the text encoders: transformers'): `config.json` and one safetensors file.
 
-    Both are written under temporary names first. Raises TypeError for a model that is none of `components`, CheckpointError where a
-    sharded checkpoint lies, which would win over ours.
+    Raises TypeError for a model that is none of `components`, otherwise as `write_model`.
     """
-    component = next((known for known in components.values() if known.model is type(model)), None)
-    if component is None:
-        names = [known.model.__name__ for known in components.values()]
-        raise TypeError(f"model: expected one of {names}, got {type(model).__name__}")
+    component = component_of(model, components)
+    write_model(component, model, folder, component.empty(model.config))
+
+
+def component_of(model: nn.Module, components: dict[str, Component]) -> Component:
+    """The one that describes `model`. Raises TypeError when none does."""
+    for component in components.values():
+        if component.model is type(model):
+            return component
+    names = [component.model.__name__ for component in components.values()]
+    raise TypeError(f"model: expected one of {names}, got {type(model).__name__}")
+
+
+def write_model(
+    component: Component, model: nn.Module, folder: str | Path, expected: nn.Module, metadata: dict[str, str] | None = None
+) -> Path:
+    """Write `config.json` and one safetensors file, under temporary names first. Returns the safetensors file.
+
+    `expected`: an empty model with the tensors that a reader will look for; `metadata` goes into the header of the file.
+    Raises ValueError where `model` has others, CheckpointError where a sharded checkpoint lies, which would win over ours.
+    """
+    _check_tensors(model, expected)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     file, index = (folder / f"{component.weights}.safetensors{suffix}" for suffix in ("", ".index.json"))
     if index.exists():
         raise CheckpointError(index, "a folder without a sharded checkpoint", "one")
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in component.tied}
-    with replacing(file) as new_file, replacing(folder / "config.json") as new_config:
-        save_file(tensors, new_file, metadata={"format": "pt"})
-        _write_json(new_config, model.config.to_dict())
+    with replacing(file) as new_file:
+        save_file(tensors, new_file, metadata={"format": "pt"} | (metadata or {}))
+        write_json(folder / "config.json", model.config.to_dict())
+    return file
+
+
+def _check_tensors(model: nn.Module, expected: nn.Module) -> None:
+    """Raises ValueError for a tensor of another name or shape than in `expected`, or with whole numbers in the place of floating ones."""
+    wanted, found = _kinds(expected), _kinds(model)
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
+            instead = "a quantized model is written by save_quantized, all of it in one scheme; of a hoisted one, save the original"
+            raise ValueError(f"model: {name}: expected {wanted.get(name, 'nothing')}, got {found.get(name, 'nothing')}: {instead}")
+
+
+def _kinds(model: nn.Module) -> dict[str, str]:
+    """Name -> kind of number and shape of every tensor; one kind for all floating dtypes."""
+    state = model.state_dict().items()
+    return {name: f"{'float' if tensor.is_floating_point() else tensor.dtype} {list(tensor.shape)}" for name, tensor in state}
 
 
 def write_pipeline(
@@ -570,24 +622,24 @@ def write_pipeline(
     """Write a pipeline that diffusers reads, with its FluxPipeline unless `layout` says another.
 
     `models`: transformer, vae, text_encoder and text_encoder_2; `tokenizers`: the folders to copy to tokenizer and tokenizer_2.
-    `model_index.json`, which makes the folder a pipeline, is written last.
+    `model_index.json`, which makes the folder a pipeline, is written last. Raises ValueError when parts are missing, and as `save_model`.
     """
     folder = Path(folder)
     given, expected = {*models, *tokenizers, "scheduler"}, set(layout.parts)
     if given != expected:
         raise ValueError(f"models, tokenizers: expected {sorted(expected)} with the scheduler, got {sorted(given)}")
+    for model in models.values():  # before any of them is written
+        _check_tensors(model, component_of(model, layout.components).empty(model.config))
     for name, model in models.items():
         save_model(model, folder / name, layout.components)
     for name, source in tokenizers.items():
         if Path(source).resolve() != (folder / name).resolve():
             shutil.copytree(source, folder / name, dirs_exist_ok=True)
     (folder / "scheduler").mkdir(exist_ok=True)
-    with replacing(folder / "scheduler" / "scheduler_config.json") as file:
-        _write_json(file, scheduler.config.to_dict())
-    with replacing(folder / "model_index.json") as file:
-        parts = {name: list(part[:2]) for name, part in layout.parts.items()}
-        parts["scheduler"] = [layout.parts["scheduler"][0], type(scheduler).__name__]
-        _write_json(file, {"_class_name": layout.name, **parts, **layout.unused})
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler.config.to_dict())
+    parts = {name: list(part[:2]) for name, part in layout.parts.items()}
+    parts["scheduler"] = [layout.parts["scheduler"][0], type(scheduler).__name__]
+    write_json(folder / "model_index.json", {"_class_name": layout.name, **parts, **layout.unused})
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- json
@@ -601,10 +653,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(file, "a json object", type(values).__name__)
     return values
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _classes(values: dict[str, Any]) -> list[str]:
@@ -622,7 +670,7 @@ def _naming(file: Path) -> Iterator[None]:
     """Put the file's name before the message of a configuration that we cannot honour."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(file, str(error)) from error
 
 

@@ -8,7 +8,7 @@ Five steps, which `explain` shows one by one:
 4. each word is spelled in bytes, every byte one visible symbol, and the last symbol ends in `</w>`;
 5. neighbouring symbols are merged, always the pair that comes first in the list of merges, until no pair is in the list.
 
-Gives the ids of transformers' `CLIPTokenizer`.
+Gives the ids of transformers' `CLIPTokenizer`, except for characters that are newer than Python's Unicode tables (`unicodedata`).
 """
 
 import functools

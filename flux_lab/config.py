@@ -108,6 +108,10 @@ class AutoencoderKLConfig(Config):
     use_post_quant_conv: bool = False
 
     def __post_init__(self):
+        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups", "sample_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not supported, expected one positive integer")
         for channels in self.block_out_channels:
             if channels % self.norm_num_groups:
                 raise ValueError(
@@ -149,7 +153,7 @@ class CLIPTextConfig(Config):
     eos_token_id: int = 2
 
     def __post_init__(self):
-        if self.hidden_size % self.num_attention_heads:
+        if not self.num_attention_heads or self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}")
 
     def to_dict(self) -> dict[str, Any]:

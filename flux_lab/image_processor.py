@@ -79,8 +79,7 @@ class VaeImageProcessor(Config):
 
         "pil": a list; "np": an array `[batch, height, width, channels]` in [0, 1]; "pt": a tensor in [0, 1]; "latent": unchanged.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}, expected one of {list(OUTPUT_TYPES)}")
+        check_output_type(output_type)
         if output_type == "latent":
             return image
         if self.do_normalize:
@@ -155,3 +154,9 @@ def _check_array(where: str, image: np.ndarray | Tensor, first: tuple[int, ...])
         raise ShapeError(f"{where}: expected {expected}, the same for all, got {list(image.shape)} next to {list(first)}")
     if not is_float:
         raise ValueError(f"{where}: expected floats in [0, 1], got {image.dtype}: divide by 255, or give a PIL image")
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises ValueError for none of `OUTPUT_TYPES`."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r}, expected one of {list(OUTPUT_TYPES)}")

@@ -77,12 +77,15 @@ def prepare_noise(
     """Standard normal latents of `shape`, drawn in `dtype`.
 
     A CPU generator draws on the CPU whatever `device` is, so that a seed gives the same picture everywhere. With a list of
-    generators, one a picture, each picture depends only on its own. Raises ValueError when the list's length is not the batch's.
+    generators, one a picture, each picture depends only on its own. Raises ValueError when the list's length is not the batch's,
+    TypeError for what is no generator.
     Source: diffusers `randn_tensor`.
     """
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
             raise ValueError(f"generator: a list of {len(generator)} generators for a batch of {shape[0]}, expected one each")
         return torch.cat([prepare_noise((1, *shape[1:]), each, dtype, device) for each in generator])
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator: expected a torch.Generator or a list of them, got {type(generator).__name__}")
     drawn_on = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, dtype=dtype, device=drawn_on).to(device)

@@ -4,6 +4,7 @@ The denoising loop is a generator, `FluxPipeline.steps`, that yields its state a
 end and decodes. Source: diffusers `pipelines/flux/pipeline_flux.py`.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from flux_lab import data_dir
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import (
+    check_device,
     load_autoencoder,
     load_clip,
     load_scheduler,
@@ -31,7 +33,7 @@ from flux_lab.checkpoints import (
 )
 from flux_lab.clip import CLIPTextModel
 from flux_lab.clip_tokenizer import CLIPTokenizer
-from flux_lab.image_processor import OUTPUT_TYPES, VaeImageProcessor
+from flux_lab.image_processor import VaeImageProcessor, check_output_type
 from flux_lab.latents import PATCH, pack_latents, prepare_latent_image_ids, prepare_noise, unpack_latents
 from flux_lab.prompt import PromptEmbeds, TextEncoders, encode_prompt
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler, calculate_shift, default_sigmas
@@ -100,11 +102,15 @@ class FluxPipeline:
     def from_pretrained(
         cls, path: str | Path, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
     ) -> "FluxPipeline":
-        """Load a folder in the diffusers layout, or a hub id. `dtype=None` keeps the files' own. Raises CheckpointError."""
+        """Load a folder in the diffusers layout, or a hub id. `dtype=None`: that of the transformer's file. Raises CheckpointError,
+        and ValueError for a device that is not there, before anything is downloaded."""
+        check_device(device)
         folder = local_folder(path)
         read_model_index(folder)
+        transformer = load_transformer(folder / "transformer", dtype, device)
+        dtype = next(transformer.parameters()).dtype
         return cls(
-            transformer=load_transformer(folder / "transformer", dtype, device),
+            transformer=transformer,
             scheduler=load_scheduler(folder / "scheduler"),
             vae=load_autoencoder(folder / "vae", dtype, device),
             text_encoder=load_clip(folder / "text_encoder", dtype, device),
@@ -166,7 +172,7 @@ class FluxPipeline:
         negative_pooled_prompt_embeds: Float[Tensor, "negatives pooled_dim"] | None = None,
         max_sequence_length: int | None = None,
     ) -> Iterator[DenoisingState]:
-        """Generate, one state a step.
+        """Generate, one state a step. Several generations may be under way at the same time.
 
         `prompt` goes to CLIP and `prompt_2`, by default the same, to T5; both may be lists. `height` and `width` are in pixels, by
         default the checkpoint's, and are floored to what whole patches cover. `guidance_scale` is an input of the network, where it
@@ -185,23 +191,23 @@ class FluxPipeline:
         texts = [text]
         if use_negative:
             given = {"prompt_embeds": negative_prompt_embeds, "pooled_prompt_embeds": negative_pooled_prompt_embeds}
-            texts.append(_for_each(text, self.encode_prompt(negative_prompt, negative_prompt_2, **given, **options)))
+            negative = self.encode_prompt(negative_prompt, negative_prompt_2, **given, max_sequence_length=max_sequence_length)
+            texts.append(_for_each(text, negative, num_images_per_prompt))
 
         # 3. Draw the noise, pack it into tokens, number the tokens.
         latents, img_ids = self._prepare_latents(text.prompt_embeds, height, width, generator, latents)
 
         # 4. Choose the noise levels: the more tokens, the longer at high noise.
         self._set_timesteps(num_inference_steps, sigmas, tokens=len(img_ids), device=latents.device)
+        scheduler = copy.copy(self.scheduler)  # it counts the steps of this generation
         guidance = torch.full((len(latents),), guidance_scale, device=latents.device) if self.transformer.config.guidance_embeds else None
 
         # 5. Walk from noise to picture: ask for the velocity, take one Euler step, again and again.
-        for index, timestep in enumerate(self.scheduler.timesteps):
-            velocity = self._guided_velocity(latents, index, texts, img_ids, guidance, true_cfg_scale)
-            sigma, sigma_next = self.scheduler.sigmas[index : index + 2]
+        for index, timestep in enumerate(scheduler.timesteps):
+            velocity = self._guided_velocity(latents, scheduler.timesteps, index, texts, img_ids, guidance, true_cfg_scale)
+            sigma, sigma_next = scheduler.sigmas[index : index + 2]
             x0 = (latents - sigma * velocity).to(latents.dtype)
-            latents = self.scheduler.step(
-                velocity, timestep, latents, generator=generator if isinstance(generator, torch.Generator) else None
-            )
+            latents = scheduler.step(velocity, timestep, latents, generator=generator if isinstance(generator, torch.Generator) else None)
             state = DenoisingState(
                 index=index,
                 timestep=timestep,
@@ -234,16 +240,15 @@ class FluxPipeline:
         step with the tensors named in `callback_on_step_end_tensor_inputs`, of "latents" and "prompt_embeds", and returns a dict of
         those that it changed. Raises ValueError or TypeError for arguments that do not fit, naming them.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}, expected one of {list(OUTPUT_TYPES)}")
-        unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {list(CALLBACK_TENSORS)}, got {sorted(unknown)}")
+        check_output_type(output_type)
+        names = callback_on_step_end_tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Sequence) or set(names) - set(CALLBACK_TENSORS):
+            raise ValueError(f"callback_on_step_end_tensor_inputs: expected a list of some of {list(CALLBACK_TENSORS)}, got {names!r}")
         states = self.steps(prompt, prompt_2, **arguments)
         total = len(arguments["sigmas"]) if arguments.get("sigmas") is not None else arguments.get("num_inference_steps", 28)
         for state in tqdm(states, total=total, **self._progress_bar):
             if callback_on_step_end is not None:
-                tensors = {name: getattr(state, name) for name in callback_on_step_end_tensor_inputs}
+                tensors = {name: getattr(state, name) for name in names}
                 changed = callback_on_step_end(self, state.index, state.timestep, tensors)
                 for name in CALLBACK_TENSORS:
                     setattr(state, name, (changed or {}).get(name, getattr(state, name)))
@@ -297,6 +302,7 @@ class FluxPipeline:
     def _guided_velocity(
         self,
         latents: Tensor,
+        timesteps: Tensor,
         index: int,
         texts: list[PromptEmbeds],
         img_ids: Tensor,
@@ -305,8 +311,7 @@ class FluxPipeline:
     ) -> Tensor:
         """The velocity at step `index`; with a second, negative text, moved away from what that gives. `texts` are a new list when
         they have changed."""
-        timestep = self.scheduler.timesteps[index]
-        velocity, *without = [self._velocity(latents, timestep, text, img_ids, guidance) for text in texts]
+        velocity, *without = [self._velocity(latents, timesteps[index], text, img_ids, guidance) for text in texts]
         return without[0] + true_cfg_scale * (velocity - without[0]) if without else velocity
 
     def _velocity(self, latents: Tensor, timestep: Tensor, text: PromptEmbeds, img_ids: Tensor, guidance: Tensor | None) -> Tensor:
@@ -351,10 +356,10 @@ def _use_negative(
     return true_cfg_scale > 1 and has_negative
 
 
-def _for_each(text: PromptEmbeds, negative: PromptEmbeds) -> PromptEmbeds:
-    """The negative embeddings, one for each of the batch: a single one serves all."""
+def _for_each(text: PromptEmbeds, negative: PromptEmbeds, images: int) -> PromptEmbeds:
+    """The negative embeddings, one for each picture: a single one serves all, and that of a prompt all its `images`."""
     batch, given = len(text.prompt_embeds), len(negative.prompt_embeds)
-    if given not in (1, batch):
-        raise ValueError(f"negative_prompt: expected one, or one for each of the {batch} pictures, got {given}")
+    if given not in (1, batch // images):
+        raise ValueError(f"negative_prompt: expected one, or one for each of the {batch // images} prompts, got {given}")
     embeds, pooled, ids = negative
-    return PromptEmbeds(embeds.expand(batch, *embeds.shape[1:]), pooled.expand(batch, *pooled.shape[1:]), ids)
+    return PromptEmbeds(embeds.repeat_interleave(batch // given, dim=0), pooled.repeat_interleave(batch // given, dim=0), ids)

@@ -55,20 +55,21 @@ def encode_prompt(
     """Encode one or several prompts: `prompt` by CLIP, `prompt_2` (by default the same) by T5.
 
     Every prompt is repeated `num_images_per_prompt` times, its copies next to each other. `max_sequence_length` is the number of T5
-    tokens, by default what `tokenizer_2` says. With `prompt_embeds` and `pooled_prompt_embeds` given nothing is encoded or repeated.
+    tokens, by default what `tokenizer_2` says. Where `prompt_embeds` and `pooled_prompt_embeds` are given, they are repeated likewise.
     Warns when a prompt is too long, with the words that are lost. Raises TypeError and ValueError for arguments that do not fit
     together. Source: diffusers `FluxPipeline.encode_prompt`.
     """
+    images = _check_images(num_images_per_prompt)
     if prompt_embeds is not None or pooled_prompt_embeds is not None:
         _check_given(prompt, prompt_2, prompt_embeds, pooled_prompt_embeds)
     else:
         length = _check_length(max_sequence_length, encoders.tokenizer_2)
         prompts, prompts_2 = _check_prompts(prompt, prompt_2)
-        images = _check_images(num_images_per_prompt)
         clip_ids = token_ids(encoders.tokenizer, prompts, encoders.tokenizer.model_max_length, "prompt", encoders.text_encoder)
         t5_ids = token_ids(encoders.tokenizer_2, prompts_2, length, "prompt_2" if prompt_2 else "prompt", encoders.text_encoder_2)
-        pooled_prompt_embeds = repeat(encoders.text_encoder(clip_ids).pooler_output, "batch dim -> (batch images) dim", images=images)
-        prompt_embeds = repeat(encoders.text_encoder_2(t5_ids), "batch length dim -> (batch images) length dim", images=images)
+        pooled_prompt_embeds, prompt_embeds = encoders.text_encoder(clip_ids).pooler_output, encoders.text_encoder_2(t5_ids)
+    pooled_prompt_embeds = repeat(pooled_prompt_embeds, "batch dim -> (batch images) dim", images=images)
+    prompt_embeds = repeat(prompt_embeds, "batch length dim -> (batch images) length dim", images=images)
     return PromptEmbeds(prompt_embeds, pooled_prompt_embeds, prompt_embeds.new_zeros(prompt_embeds.shape[1], 3))
 
 

@@ -28,6 +28,8 @@ def calculate_shift(
 
 def default_sigmas(num_inference_steps: int) -> np.ndarray:
     """The pipeline's unshifted sigmas: 1, ..., 1/steps, evenly spaced, float64. Without the final 0."""
+    if not isinstance(num_inference_steps, int):
+        raise TypeError(f"num_inference_steps: expected a whole number, got {type(num_inference_steps).__name__}")
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)

@@ -18,9 +18,19 @@ from torch.utils._pytree import tree_leaves
 
 from flux_lab import checkpoints
 from flux_lab.autoencoder import AutoencoderKL
-from flux_lab.checkpoints import CheckpointError, load_autoencoder, load_clip, load_scheduler, load_t5, load_transformer, save_model
+from flux_lab.checkpoints import (
+    CheckpointError,
+    check_device,
+    load_autoencoder,
+    load_clip,
+    load_scheduler,
+    load_t5,
+    load_transformer,
+    save_model,
+)
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import FLUX_DEV_SCHEDULER, TINY, TINY_CLIP, TINY_T5, TINY_VAE, FluxTransformer2DConfig
+from flux_lab.inference.quantization import quantize
 from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
 from flux_lab.t5 import T5EncoderModel
 from flux_lab.transformer import FluxTransformer2DModel
@@ -342,6 +352,16 @@ def test_write_pipeline_refuses_missing_parts(tmp_path):
         checkpoints.write_pipeline(tmp_path, models={"vae": make("vae")}, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizers={})
 
 
+def test_write_pipeline_writes_nothing_when_one_part_cannot_be_read_again(tmp_path, tokenizer_folders):
+    models = {"transformer": make("transformer"), "vae": make("vae"), "text_encoder": make("clip")}
+    models["text_encoder_2"] = quantize(make("t5"), "int8")
+    with pytest.raises(ValueError, match=r"model: .*, got torch\.int8 .*: a quantized model is written by save_quantized"):
+        checkpoints.write_pipeline(
+            tmp_path / "pipeline", models=models, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizers=tokenizer_folders
+        )
+    assert not (tmp_path / "pipeline").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -473,6 +493,10 @@ SPOILED = {
         "config.json.*expected class FluxTransformer2DModel, found UNet2DModel",
     ),
     "another option": (lambda folder: edit_config(folder, patch_size=2), "config.json: .*patch_size=2 is not supported"),
+    "a size of another kind": (
+        lambda folder: edit_config(folder, num_layers="2"),
+        "'str' object cannot be interpreted as an integer",
+    ),
     "another size": (lambda folder: edit_config(folder, num_attention_heads=3), r"key '.*': expected shape \[.*\], found \["),
     "more blocks": (
         lambda folder: edit_config(folder, num_layers=3),
@@ -490,6 +514,29 @@ def test_bad_folders(spoil, message, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         load_transformer(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_bad_sizes_of_the_autoencoder(tmp_path):
+    save_model(make("vae"), tmp_path)
+    for field, value in [("sample_size", [64, 64]), ("norm_num_groups", 0)]:
+        edit_config(tmp_path, **{field: value})
+        with pytest.raises(CheckpointError, match=rf"config.json: {field}=.* is not supported, expected one positive integer"):
+            load_autoencoder(tmp_path)
+        edit_config(tmp_path, **{field: getattr(TINY_VAE, field)})
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:77", "xla", 1.5])
+def test_a_device_that_is_not_there(device, tmp_path):
+    save_model(make("transformer"), tmp_path)
+    for load in (check_device, lambda device: load_transformer(tmp_path, device=device)):
+        with pytest.raises(ValueError, match=f"device: expected one that is here, got '{device}' ") as caught:
+            load(device)
+        assert not isinstance(caught.value, CheckpointError)
+
+
+def test_a_device_that_is_there():
+    for device in ("cpu", torch.device("cpu")):
+        assert check_device(device) == torch.device("cpu")
 
 
 def test_bad_shards(tmp_path):
@@ -543,7 +590,7 @@ def test_bad_lone_files(tmp_path):
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     save_model(make("vae"), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    monkeypatch.setattr(checkpoints, "_write_json", lambda file, values: file.write_text("{") and 1 / 0)
+    monkeypatch.setattr(checkpoints, "write_json", lambda file, values: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_model(randomize_(make("vae"), seed=1), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -601,4 +648,10 @@ def test_hub_without_network():
 @pytest.mark.parametrize("path", ["/no/such/folder", "nowhere", "./no/folder", "a/b/c"])
 def test_no_such_path(path):
     with pytest.raises(CheckpointError, match=rf"{path}: expected a folder, a .safetensors file or a hub id"):
+        load_transformer(path)
+
+
+@pytest.mark.parametrize("path", ["runs/flux--old", "runs/flux.git", "runs/flux-"])
+def test_no_such_folder_and_no_hub_id(path):
+    with pytest.raises(CheckpointError, match=rf"{path}: no such folder, and no hub id"):
         load_transformer(path)

@@ -15,7 +15,7 @@ from flux_lab import blocks, transformer
 from flux_lab.attention import Attend, Rope
 from flux_lab.blocks import FluxSingleTransformerBlock
 from flux_lab.config import TINY, TINY_CLIP, TINY_VAE
-from flux_lab.instruments.compare import WHOLE, first_divergence
+from flux_lab.instruments.compare import WHOLE, Copies, first_divergence
 from flux_lab.normalization import AdaLayerNormContinuous, AdaLayerNormZero, Modulation, modulate
 from flux_lab.rope import FluxPosEmbed
 
@@ -204,6 +204,76 @@ def test_a_model_that_is_not_simply_called():
     assert first_divergence(ours, reference, latents, run=decode).matched > 20
     ours.decoder.up_blocks[1].upsamplers[0].conv.register_parameter("bias", None)
     assert first_divergence(ours, reference, latents, run=decode).name == "decoder.up_blocks.1.upsamplers.0.conv"
+
+
+class InPlace(nn.Module):
+    """Writes into its input, into what a module returned, and between two calls into what the first was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x += 1
+        hidden = self.first(x)
+        hidden += x
+        hidden = self.act(hidden)
+        x *= 2
+        return self.last(hidden)
+
+
+def on_both(kind, **different):
+    ours, reference = kind(), kind(**different)
+    reference.load_state_dict(ours.state_dict())
+    return ours, reference
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_operations_in_place_make_no_difference(inference):
+    ours, reference = on_both(InPlace)
+    with torch.inference_mode(inference):
+        inputs = torch.randn(3, 4)
+        before = inputs.clone()
+        assert first_divergence(ours, reference, inputs).matched == 4
+    assert torch.equal(inputs, before)
+    ours.last.register_parameter("bias", None)
+    assert first_divergence(ours, reference, inputs).name == "last"
+
+
+def test_the_culprit_is_named_by_its_inputs_before_it_wrote_into_them():
+    ours, reference = on_both(InPlace)
+    ours.act = nn.ReLU6(inplace=True)
+    assert first_divergence(ours, reference, torch.full((3, 4), 90.0)).name == "act"
+
+
+def test_unchanged_tensors_are_copied_once():
+    copies, tensor = Copies(), torch.zeros(3)
+    first, again = copies.of([tensor, {"same": tensor}])
+    tensor += 1
+    (changed,) = copies.of(tensor)
+    assert first is again
+    assert (first.sum(), changed.sum()) == (0, 3)
+
+
+class Cast(nn.Module):
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.cast, self.last, self.dtype = nn.Identity(), nn.Linear(4, 4), dtype
+
+    def forward(self, x):
+        return self.last(self.cast(x.to(self.dtype)).float())
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(torch.float64, torch.float32), (torch.int32, torch.int64), (torch.bfloat16, torch.int64)])
+def test_dtypes_may_differ(given, wanted):
+    ours, reference = on_both(Cast, dtype=wanted)
+    ours.dtype = given
+    inputs = torch.arange(12.0).view(3, 4)
+    assert first_divergence(ours, reference, inputs).matched == 3
+    ours.cast = nn.Threshold(5, 7)
+    found = first_divergence(ours, reference, inputs)
+    assert (found.name, found.largest, found.where) == ("cast", 7, (0, 0))
+    assert (found.ours.dtype, found.reference.dtype) == (given, wanted)
 
 
 def test_nothing_to_match():

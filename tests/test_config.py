@@ -88,6 +88,14 @@ def test_sizes_that_do_not_fit(change, message):
         dataclasses.replace(FLUX_DEV, **change)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("sample_size", [128, 96]), ("sample_size", None), ("norm_num_groups", 0), ("layers_per_block", "2")]
+)
+def test_sizes_of_the_autoencoder_are_positive_integers(field, value):
+    with pytest.raises(ValueError, match=rf"{field}=.* is not supported, expected one positive integer"):
+        AutoencoderKLConfig.from_dict({field: value})
+
+
 def test_not_a_dict():
     with pytest.raises(TypeError, match="FluxTransformer2DConfig: expected a dict of configuration fields, got list"):
         FluxTransformer2DConfig.from_dict([])
@@ -98,5 +106,7 @@ def test_groups_and_heads_that_do_not_divide():
         AutoencoderKLConfig(norm_num_groups=48)
     with pytest.raises(ValueError, match="hidden_size=768 is not a multiple of num_attention_heads=11"):
         CLIPTextConfig(num_attention_heads=11)
+    with pytest.raises(ValueError, match="hidden_size=768 is not a multiple of num_attention_heads=0"):
+        CLIPTextConfig(num_attention_heads=0)
     with pytest.raises(ValueError, match="time_shift_type='cosine', expected 'exponential' or 'linear'"):
         FlowMatchEulerDiscreteSchedulerConfig(time_shift_type="cosine")

@@ -85,6 +85,56 @@ def test_verdict_says_what_came(name: str, answer, kind: Kind, said: str) -> Non
     assert said in verdict.text
 
 
+def join_with_float_weights(left: torch.Tensor, right: torch.Tensor, overlap: int) -> torch.Tensor:
+    faded = torch.lerp(left[..., -overlap:], right[..., :overlap], (torch.arange(overlap) / overlap).to(left))
+    return torch.cat([left[..., :-overlap], faded, right[..., overlap:]], dim=-1)
+
+
+def floats_inside(name: str):
+    """The right answer, computed in float32 and given back in the dtype that was asked for."""
+
+    def answer(*given):
+        inside = [value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for value in given]
+        return EXERCISES[name].reference(*inside).to(given[0].dtype)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("join_tiles", join_with_float_weights),
+        ("shift_sigmas", lambda sigmas, mu: torch.exp(torch.tensor(mu)) * sigmas / (1 + (torch.exp(torch.tensor(mu)) - 1) * sigmas)),
+        ("flux_velocity", lambda x, noise, kept: noise - (x - (1 - torch.tensor(kept)).sqrt() * noise) / torch.tensor(kept).sqrt()),
+        *((name, floats_inside(name)) for name in ("quick_gelu", "unscale_latents", "predicted_picture", "modulated", "rotate_pairs")),
+    ],
+)
+def test_float32_inside_is_right(name: str, answer) -> None:
+    assert judge(EXERCISES[name], answer).kind is Kind.RIGHT
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("rope_frequencies", lambda dim, theta: (theta ** -(torch.arange(0, dim, 2) / dim)).double()),
+        (
+            "head_angles",
+            lambda ids, axes, theta: torch.cat([ids[:, [i]] * theta ** -(torch.arange(0, n, 2) / n) for i, n in enumerate(axes)], 1),
+        ),
+    ],
+)
+def test_float32_inside_is_named_where_float64_is_the_task(name: str, answer) -> None:
+    verdict = judge(EXERCISES[name], answer)
+    assert verdict.kind is Kind.WRONG_VALUE
+    assert verdict.text.endswith("here every number must be computed in float64, constants too")
+
+
+def test_not_every_nan_is_a_logarithm_of_logvar() -> None:
+    verdict = judge(EXERCISES["kl_divergence"], lambda mean, logvar: mean.sum(dim=(1, 2, 3)) * float("nan"))
+    assert verdict.kind is Kind.WRONG_VALUE
+    assert "numbers are NaN" in verdict.text
+
+
 # ---- answers of every kind, on an exercise made for it ------------------------------------------------------------------
 
 
@@ -117,7 +167,8 @@ def changing(x, words):
         (pair, Kind.RIGHT, "✓ pair: right in all 1 cases"),
         (lambda x, words: (x.mean(0), list(map(len, words))), Kind.RIGHT, "✓"),
         (lambda x, words: (list(map(len, words)), x.mean(0)), Kind.MISCONCEPTION, "the two results are swapped"),
-        (lambda x, words: list(pair(x, words)), Kind.WRONG_TYPE, "expected Pair(float32[2], [1, 3, 4]), got [float32[2], [1, 3, 4]]"),
+        (lambda x, words: [x.mean(0), tuple(map(len, words))], Kind.RIGHT, "✓"),
+        (lambda x, words: pair(x, words)._asdict(), Kind.WRONG_TYPE, "expected Pair(float32[2], [1, 3, 4]), got dict(['mean'] float32[2]"),
         (lambda x, words: pair(x, words)[:1], Kind.WRONG_SHAPE, "got tuple(float32[2]) for x=float32[2, 2], words=['a', 'red', 'cube']"),
         (lambda x, words: pair(x.double(), words), Kind.WRONG_TYPE, "in its part `[0]`: expected float32[2], got float64[2]"),
         (lambda x, words: pair(x[:, :1], words), Kind.WRONG_SHAPE, "in its part `[0]`: expected the shape [2], got [1]"),

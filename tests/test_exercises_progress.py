@@ -84,7 +84,11 @@ def test_place(platform: str, variable: str | None, expected: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"exercises": []}', b'{"exercises": {"a": 3}}', b'{"exercises": {"a": {"attempts": "3"}}}'],
+    [
+        *(b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"exercises": []}', b'{"exercises": {"a": 3}}'),
+        b'{"exercises": {"a": {"attempts": "3"}}}',
+        *(b'{"exercises": {"a": {"solved": %s}}}' % solved for solved in (b'"yes"', b'""', b"true")),
+    ],
 )
 def test_broken_file_is_kept_aside(file: Path, content: bytes) -> None:
     file.parent.mkdir()
@@ -93,6 +97,12 @@ def test_broken_file_is_kept_aside(file: Path, content: bytes) -> None:
         check("image_tokens", wrong)
     assert (file.parent / "progress.json.broken").read_bytes() == content
     assert read(file) == {"image_tokens": Entry(attempts=1)}
+
+
+def test_byte_order_mark_is_no_fault(file: Path) -> None:
+    write(file, {"euler_step": Entry(2)})
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read(file) == {"euler_step": Entry(2)}
 
 
 def test_a_second_broken_file_does_not_replace_the_first(file: Path) -> None:

@@ -27,6 +27,8 @@ class Signal:
         (tensor([NAN, 1.0]), tensor([1.0, NAN]), False),
         (tensor([1.0]), tensor([1.01]), False),
         (tensor([1.0], dtype=torch.bfloat16), tensor([1.01], dtype=torch.bfloat16), True),
+        (tensor(1 / 3, dtype=torch.float64), tensor(1 / 3).double(), True),
+        (tensor(1 / 3, dtype=torch.float64), tensor(1 / 3, dtype=torch.float64) + 1e-4, False),
         (tensor([1.0]), tensor([[1.0]]), False),
         (tensor([1 + 2j]), tensor([1 + 2j]), True),
         (tensor([1 + 2j]), tensor([1 - 2j]), False),

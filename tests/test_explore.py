@@ -39,6 +39,40 @@ def test_controls_start_at_the_defaults_and_fit_their_kind() -> None:
     assert (share.min, share.max, share.step, share.continuous_update) == (0.0, 1.0, 0.25, False)
 
 
+@pytest.mark.parametrize(
+    ("choices", "labels"),
+    [(["red", "none"], ("red", "none")), ([(64, 64), (128, 96)], ("(64, 64)", "(128, 96)")), ([1, None], ("1", "None"))],
+)
+def test_anything_can_be_chosen_from_a_list(choices: list, labels: tuple[str, ...]) -> None:
+    def picture(choice: object = choices[0]) -> Image.Image:
+        return Image.new("RGB", (20 + choices.index(choice), 20))
+
+    explorer = explore(picture, alt="a black rectangle", choice=choices)
+    control = explorer.controls["choice"]
+    assert control._options_labels == labels
+    control.index = 1
+    assert explorer.values == {"choice": choices[1]}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "step", "readout"),
+    [
+        ((0.0, 0.01), 0.0001, ".4f"),
+        ((0.0, 0.01, 0.002), 0.002, ".3f"),
+        ((0.0, 1.0), 0.01, ".2f"),
+        ((-3, 3.0), 0.1, ".2f"),
+        ((0.0, 500.0), 0.1, ".2f"),
+        ((0.0, 0.0), 0.1, ".2f"),
+    ],
+)
+def test_a_small_range_has_places_that_can_be_told_apart(bounds: tuple[float, ...], step: float, readout: str) -> None:
+    def picture(share: float = 0.0) -> Image.Image:
+        return Image.new("RGB", (20, 20))
+
+    share = explore(picture, alt="a black square", share=bounds).controls["share"]
+    assert (share.step, share.readout_format) == (step, readout)
+
+
 @pytest.mark.parametrize(("name", "value"), [("level", 4), ("share", 0.75), ("text", "bye"), ("flag", True)])
 def test_moving_a_control_redraws_and_keeps_the_still(name: str, value: object) -> None:
     explorer = explore(draw, alt="a red rectangle", **CONTROLS)

@@ -82,6 +82,33 @@ def test_a_callback_may_change_the_latents_and_the_text(dev):
     assert_equal_within_rounding(draw(quiet(fast(dev)), **arguments), draw(dev, **arguments))
 
 
+def test_a_callback_may_change_the_text_in_place(dev):
+    def change(pipe, index, timestep, tensors):
+        tensors["prompt_embeds"].mul_(0.5)
+        return {}
+
+    arguments = {
+        "callback_on_step_end": change,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+        "output_type": "latent",
+        **CASES["negative"],
+    }
+    wanted = draw(dev, **arguments)
+    assert (wanted - draw(dev, **CASES["negative"], output_type="latent")).abs().max() > 0.01, "it makes a difference"
+    assert_equal_within_rounding(draw(quiet(fast(dev)), **arguments), wanted)
+
+
+def test_a_negative_text_of_another_length(dev):
+    negative = dev.encode_prompt(NEGATIVE, max_sequence_length=SETTINGS["max_sequence_length"] + 5)
+    arguments = {
+        "prompt": PROMPT,
+        "negative_prompt_embeds": negative.prompt_embeds,
+        "negative_pooled_prompt_embeds": negative.pooled_prompt_embeds,
+        "true_cfg_scale": 2.5,
+    }
+    assert_equal_within_rounding(draw(quiet(fast(dev)), **arguments), draw(dev, **arguments))
+
+
 def test_the_pipe_is_left_as_it_is(dev):
     def layout():
         models = (dev.transformer, dev.vae, dev.text_encoder, dev.text_encoder_2)
@@ -162,6 +189,8 @@ def test_clear_errors(dev):
         fast(dev, cache_threshold=2)
     with pytest.raises(ValueError, match="dtype: T5 needs some layers in float32 beside float16"):
         fast(dev, dtype=torch.float16)
+    with pytest.raises(ValueError, match="pipe: expected a pipeline of the reference's models, got one that is fast already"):
+        fast(fast(dev))
     with pytest.raises(TypeError, match="save_pretrained: a fast pipeline has fused weights"):
         fast(dev).save_pretrained("nowhere", tokenizers="nowhere")
     with pytest.raises(ValueError, match=r"height: expected a whole number of pixels, at least 16, got 8"):

@@ -1,5 +1,7 @@
 """flux_lab.inference.loading: one tensor at a time, and the same model as the plain loader's."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,7 @@ from test_transformer import make_inputs
 from flux_lab.checkpoints import CheckpointError, load_t5, load_transformer, save_model
 from flux_lab.config import TINY
 from flux_lab.inference.live_bytes import LiveBytes, bytes_of
-from flux_lab.inference.loading import load_lean
+from flux_lab.inference.loading import folder_scheme, load_lean
 from flux_lab.inference.quantization import SCHEMES, quantize, save_quantized
 from flux_lab.inference.streaming import streamed
 
@@ -59,6 +61,45 @@ def test_cast_as_the_plain_loader_does(name, dtype, tmp_path):
     inputs = {key: value.to(dtype or torch.float32) if value.is_floating_point() else value for key, value in inputs_of(name).items()}
     with streamed(tmp_path, dtype=dtype) as ready:
         assert torch.equal(ready(**inputs), plain(**inputs))
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_other_files_of_the_folder_are_not_read(sharded, tmp_path):
+    """A backup, a variant of the same weights, and one that is quantized."""
+    model, inputs = make(), make_inputs(TINY)
+    save_model(model, tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    if sharded:
+        names = {name: f"{file.stem}-0000{1 + index % 2}-of-00002.safetensors" for index, name in enumerate(tensors)}
+        for shard in set(names.values()):
+            save_file({name: tensor for name, tensor in tensors.items() if names[name] == shard}, tmp_path / shard)
+        file.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        file.unlink()
+    for stray in ("a.safetensors", f"{file.stem}.fp16.safetensors", "old.safetensors"):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, tmp_path / stray)
+    save_quantized(quantize(make(), "int8"), tmp_path / "quantized").rename(tmp_path / "quantized.safetensors")
+    exact = model(**inputs)
+    assert torch.equal(load_transformer(tmp_path).requires_grad_(False)(**inputs), exact)
+    assert folder_scheme(tmp_path) is None
+    assert torch.equal(load_lean(tmp_path)(**inputs), exact)
+    with streamed(tmp_path) as ready:
+        assert torch.equal(ready(**inputs), exact)
+
+
+def test_the_other_name_of_a_shared_tensor(tmp_path):
+    """T5's token embedding is stored under either of its two names."""
+    model, inputs = make("t5"), inputs_of("t5")
+    save_model(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, file)
+    exact = model(**inputs)
+    assert torch.equal(load_t5(tmp_path).requires_grad_(False)(**inputs), exact)
+    assert torch.equal(load_lean(tmp_path)(**inputs), exact)
+    with streamed(tmp_path) as ready:
+        assert torch.equal(ready(**inputs), exact)
 
 
 def test_clear_errors(tmp_path):

@@ -8,15 +8,17 @@ import pytest
 import torch
 from conftest import randomize_
 from safetensors.torch import load_file, save_file
+from test_inference_hoisting import conditioning_of
 from test_transformer import make_inputs
 from torch import nn
 
-from flux_lab import data_dir
+from flux_lab import checkpoints, data_dir
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import CheckpointError, load_transformer, save_model
 from flux_lab.clip import CLIPTextModel
 from flux_lab.config import TINY, TINY_CLIP, TINY_T5, TINY_VAE
 from flux_lab.inference import quantization
+from flux_lab.inference.hoisting import hoist
 from flux_lab.inference.quantization import (
     SCHEMES,
     linear_names,
@@ -122,7 +124,7 @@ def test_a_device_that_is_not_there(tmp_path):
 def test_clear_errors_of_save_and_load(tmp_path):
     with pytest.raises(ValueError, match="got FluxTransformer2DModel, not quantized"):
         save_quantized(make(), tmp_path / "plain")
-    with pytest.raises(ValueError, match="model: expected a FluxTransformer2DModel or T5EncoderModel"):
+    with pytest.raises(TypeError, match=r"model: expected one of \['FluxTransformer2DModel', 'T5EncoderModel'\], got Sequential"):
         save_quantized(quantize(nn.Sequential(nn.Linear(3, 4)), "int8"), tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"config.json and the weights of a quantized transformer or T5, found no such files"):
         load_quantized(tmp_path)
@@ -156,6 +158,47 @@ def test_clear_errors_of_save_and_load(tmp_path):
         load_quantized(tmp_path)
 
 
+def hoisted():
+    return hoist(make(), [conditioning_of(make_inputs(TINY))])
+
+
+def mixed():
+    model = quantize(make(), "int8")
+    model.proj_out = SCHEMES["nf4"].from_linear(make().proj_out)
+    return model
+
+
+INSTEAD = "a quantized model is written by save_quantized, all of it in one scheme; of a hoisted one, save the original"
+
+
+@pytest.mark.parametrize(
+    ("save", "change", "found"),
+    [
+        (save_model, lambda: quantize(make(), "int8"), r"weight: expected float \[.*\], got torch\.int8 \[.*\]"),
+        (save_model, lambda: quantize(make(), "nf4"), r"weight: expected float \[.*\], got torch\.uint8 \[.*\]"),
+        (save_model, lambda: quantize(make("t5"), "int8"), r"weight: expected float \[.*\], got torch\.int8 \[.*\]"),
+        (save_model, hoisted, r"time_text_embed\..*: expected float \[.*\], got nothing"),
+        (save_quantized, lambda: quantize(hoisted(), "int8"), r"time_text_embed\..*: expected .*, got nothing"),
+        (save_quantized, mixed, r"expected .*, got .*"),
+    ],
+    ids=["int8", "nf4", "t5", "hoisted", "hoisted int8", "two schemes"],
+)
+def test_what_no_reader_could_take_is_not_written(save, change, found, tmp_path):
+    save_model(make(), tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    for name in ("old", "new"):
+        with pytest.raises(ValueError, match=f"model: .*{found}: {INSTEAD}"):
+            save(change(), tmp_path / name)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["old"]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
+
+
+def test_a_sharded_checkpoint_is_not_overlaid(tmp_path):
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="expected a folder without a sharded checkpoint"):
+        save_quantized(quantize(make(), "int8"), tmp_path)
+
+
 @pytest.mark.parametrize("when", ["before", "while writing"])
 def test_a_full_disk_leaves_no_partial_file(when, tmp_path, monkeypatch):
     save_quantized(quantize(make(), "int8"), tmp_path)
@@ -169,7 +212,7 @@ def test_a_full_disk_leaves_no_partial_file(when, tmp_path, monkeypatch):
             file.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-        monkeypatch.setattr(quantization, "save_file", save_half)
+        monkeypatch.setattr(checkpoints, "save_file", save_half)
     with pytest.raises(OSError, match=r"expected 0\.0 GB of free disk, found 0\.0 GB|No space left on device"):
         save_quantized(quantize(make(), "nf4"), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,12 +1,13 @@
 """flux_lab.inference.staged: the pipeline's own picture, one stage in memory at a time."""
 
+import re
 import shutil
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from test_pipeline import CASES, KINDS, PROMPT, SETTINGS, seeded, write_random
+from test_pipeline import CASES, KINDS, LENGTH, NEGATIVE, PROMPT, PROMPT_2, SETTINGS, seeded, write_random
 
 from flux_lab import data_dir
 from flux_lab.checkpoints import CheckpointError
@@ -146,6 +147,59 @@ def test_embeddings_latents_and_callback_reach_the_loop(folder):
     arguments = given | {"latents": torch.randn(1, 16, 64), "output_type": "latent", "callback_on_step_end": look}
     assert torch.equal(staged_pipe(folder)(**arguments).images, plain(**arguments).images)
     assert seen == [0, 1, 0, 1]
+
+
+def embeds_of(pipe, prompts, sign=""):
+    text = pipe.encode_prompt(prompts, max_sequence_length=LENGTH)
+    return {f"{sign}prompt_embeds": text.prompt_embeds, f"{sign}pooled_prompt_embeds": text.pooled_prompt_embeds}
+
+
+@pytest.mark.parametrize("folder", ["dev"], indirect=True)
+@pytest.mark.parametrize("negative", [None, "text", "embeddings"])
+@pytest.mark.parametrize("given", [True, False], ids=["embeddings", "texts"])
+def test_several_pictures_of_each(folder, given, negative, monkeypatch):
+    plain, pipe, planned = quiet(FluxPipeline.from_pretrained(folder)), staged_pipe(folder), []
+    prompts, negatives = [PROMPT, PROMPT_2], [NEGATIVE, PROMPT]
+    arguments = SETTINGS | {"num_images_per_prompt": 2, "output_type": "pt", "true_cfg_scale": 2.0 if negative else 1.0}
+    arguments |= embeds_of(plain, prompts) if given else {"prompt": prompts}
+    arguments |= {
+        None: {},
+        "text": {"negative_prompt": negatives},
+        "embeddings": embeds_of(plain, negatives, "negative_"),
+    }[negative]
+    plan = pipe.plan
+    monkeypatch.setattr(pipe, "plan", lambda **settings: planned.append(settings["batch"]) or plan(**settings))
+    pictures = pipe(**arguments, generator=seeded()).images
+    assert torch.equal(pictures, plain(**arguments, generator=seeded()).images)
+    assert planned == [len(pictures)] == [4]
+
+
+REFUSED = {
+    "prompt and embeddings": ["", {"prompt": PROMPT}],
+    "prompt_2 and embeddings": ["", {"prompt_2": PROMPT}],
+    "negative prompt and embeddings": ["negative_", {"prompt": PROMPT, "negative_prompt": NEGATIVE, "true_cfg_scale": 2.0}],
+    "no text": [None, {}],
+    "output_type": [None, {"prompt": PROMPT, "output_type": "jpg"}],
+    "unknown": [None, {"prompt": PROMPT, "joint_attention_kwargs": {}}],
+    "guidance": [None, {"prompt": PROMPT, "guidance_scale": "high"}],
+    "height": [None, {"prompt": PROMPT, "height": 48.0}],
+    "latents": [None, {"prompt": PROMPT, "latents": torch.zeros(1, 14, 64)}],
+    "steps": [None, {"prompt": PROMPT, "num_inference_steps": 0}],
+    "length": [None, {"prompt": PROMPT, "max_sequence_length": 1000}],
+}
+
+
+@pytest.mark.parametrize("folder", ["dev"], indirect=True)
+@pytest.mark.parametrize(("sign", "arguments"), REFUSED.values(), ids=REFUSED)
+def test_the_pipelines_own_errors_before_anything_is_loaded(folder, sign, arguments, monkeypatch):
+    plain = quiet(FluxPipeline.from_pretrained(folder))
+    arguments = SETTINGS | arguments | ({} if sign is None else embeds_of(plain, PROMPT, sign))
+    with pytest.raises((ValueError, TypeError)) as wanted:
+        plain(**arguments)
+    for name in ("load_clip", "load_lean", "load_autoencoder"):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded"))
+    with pytest.raises(wanted.type, match=re.escape(str(wanted.value))):
+        staged_pipe(folder)(**arguments)
 
 
 @pytest.mark.slow

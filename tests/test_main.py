@@ -233,6 +233,7 @@ def test_strip_holds_the_pipelines_steps(draw: Callable, pipe: FluxPipeline, mon
         (["generate", PROMPT, "--negative", "blue"], "--true-cfg"),
         (["generate", PROMPT, "--device", "tpu"], "tpu"),
         (["generate", PROMPT, "--out", "picture.jpg"], "--out"),
+        (["generate", PROMPT, "--out", "a.png", "--filmstrip", "b/../a.png"], "--filmstrip: expected another file than the picture's"),
         (["generate", "--filmstrip", PROMPT], "put the prompt first"),
         (["parity", "--json"], "--json"),
         (["progress"], "FLUX_LAB_PROGRESS: it is set to nothing"),

@@ -179,10 +179,41 @@ def test_steps_goes_on_from_changed_latents(ours):
     torch.testing.assert_close(changed[1].x0, -changed[1].sigma * changed[1].velocity)
 
 
-def test_one_negative_prompt_serves_all(ours):
-    arguments = SETTINGS | {"prompt": [PROMPT, PROMPT_2], "true_cfg_scale": 2.0, "output_type": "pt"}
+def test_generations_under_way_at_the_same_time(ours):
+    """Also of another number of steps, and with a whole one in between."""
+    runs = {prompt: SETTINGS | {"num_inference_steps": steps} for prompt, steps in ((PROMPT, 3), (PROMPT_2, 5))}
+    alone = [[state.latents for state in ours.steps(prompt, generator=seeded(), **settings)] for prompt, settings in runs.items()]
+    together = [ours.steps(prompt, generator=seeded(), **settings) for prompt, settings in runs.items()]
+    for wanted in zip(*alone, strict=False):
+        assert [torch.equal(next(run).latents, each) for run, each in zip(together, wanted, strict=True)] == [True, True]
+        ours(PROMPT, output_type="latent", **SETTINGS | {"num_inference_steps": 1})
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_one_negative_prompt_serves_all(ours, images):
+    arguments = SETTINGS | {"prompt": [PROMPT, PROMPT_2], "true_cfg_scale": 2.0, "output_type": "pt", "num_images_per_prompt": images}
     one, two = (ours(**arguments, negative_prompt=negative, generator=seeded()).images for negative in (NEGATIVE, [NEGATIVE, NEGATIVE]))
+    assert len(one) == 2 * images
     torch.testing.assert_close(one, two)
+
+
+def test_every_picture_gets_the_negative_prompt_of_its_prompt(ours):
+    arguments = SETTINGS | {"true_cfg_scale": 2.0, "output_type": "pt", "num_images_per_prompt": 2}
+    prompts, negatives = [PROMPT, PROMPT_2], [NEGATIVE, "a green cone"]
+    together = ours(prompts, negative_prompt=negatives, generator=seeded(4), **arguments).images
+    for place in range(2):
+        generators = seeded(4)[2 * place : 2 * place + 2]
+        alone = ours(prompts[place], negative_prompt=negatives[place], generator=generators, **arguments).images
+        torch.testing.assert_close(together[2 * place : 2 * place + 2], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_several_pictures_of_given_embeddings(ours):
+    text = ours.encode_prompt([PROMPT, PROMPT_2], max_sequence_length=LENGTH)
+    embeds = {"prompt_embeds": text.prompt_embeds, "pooled_prompt_embeds": text.pooled_prompt_embeds}
+    arguments = SETTINGS | {"num_images_per_prompt": 3, "output_type": "pt"}
+    given, wanted = (ours(**each, **arguments, generator=seeded()).images for each in (embeds, {"prompt": [PROMPT, PROMPT_2]}))
+    assert len(given) == 6
+    assert torch.equal(given, wanted)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +225,13 @@ def test_one_negative_prompt_serves_all(ours):
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"latents": torch.zeros(1, 14, 64)}, r"latents: expected packed latents \[1, 15, 64\] for 48 x 80 pixels, got \[1, 14, 64\]"),
         ({"generator": [torch.Generator(), torch.Generator()]}, "a list of 2 generators for a batch of 1"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"callback_on_step_end_tensor_inputs: expected some of .*, got \['noise'\]"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"tensor_inputs: expected a list of some of .*, got \['noise'\]"),
+        ({"callback_on_step_end_tensor_inputs": None}, r"tensor_inputs: expected a list of some of .*, got None"),
+        ({"generator": 42}, r"generator: expected a torch\.Generator or a list of them, got int"),
+        ({"num_inference_steps": "4"}, "num_inference_steps: expected a whole number, got str"),
         (
             {"negative_prompt": [NEGATIVE] * 3, "true_cfg_scale": 2.0},
-            "negative_prompt: expected one, or one for each of the 1 pictures, got 3",
+            "negative_prompt: expected one, or one for each of the 1 prompts, got 3",
         ),
         ({"prompt": None}, "prompt"),
     ],
@@ -222,6 +256,14 @@ def test_warnings(ours):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ours(PROMPT, **SETTINGS)
+
+
+def test_the_files_own_dtype():
+    """The miniature's files have three of them; the transformer's is taken for all."""
+    pipe = quiet(FluxPipeline.from_pretrained(data_dir() / "flux-mini", dtype=None))
+    models = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {next(model.parameters()).dtype for model in models} == {torch.bfloat16}
+    assert pipe(PROMPT, num_inference_steps=1).images[0].size == (128, 128)
 
 
 def test_not_a_pipeline(tmp_path):

@@ -170,6 +170,19 @@ def test_small_file_looks_like_the_figure() -> None:
         assert np.abs(small - pixels(figure)).mean() < 2
 
 
+def test_rare_colours_stay_true():
+    """A thousand light colours fill the picture, twenty dark ones stand in its last row."""
+    colours = np.full((200, 200, 3), 255, dtype=np.uint8)
+    colours[..., :2] -= np.random.default_rng(0).integers(0, 32, (200, 200, 2), dtype=np.uint8)
+    colours[-1, :20] = np.linspace((0, 0, 160), (160, 0, 0), 20)
+    off = [
+        np.abs(np.asarray(small.convert("RGB"), dtype=int) - colours).max()
+        for small in (Image.fromarray(colours).quantize(256), plots.pictures.with_palette(Image.fromarray(colours)))
+    ]
+    assert off[0] > 40
+    assert off[1] <= 16
+
+
 def test_show_refuses_a_picture_without_alt_text() -> None:
     with pytest.raises(ValueError, match="alt: expected a sentence"):
         plots.show(RED, alt=" ")

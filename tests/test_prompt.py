@@ -107,12 +107,12 @@ def test_copies_of_a_prompt_are_neighbours(both):
 
 def test_given_embeddings_come_back(both):
     prompt_embeds, pooled = torch.randn(2, 9, 24), torch.randn(2, 20)
-    got = encode_prompt(both[0], prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, num_images_per_prompt=3)
-    assert got.prompt_embeds is prompt_embeds
-    assert got.pooled_prompt_embeds is pooled
-    assert torch.equal(got.text_ids, torch.zeros(9, 3))
+    got = encode_prompt(both[0], prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)
     expected = both[1].encode_prompt(prompt=None, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, device="cpu")
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+    copies = encode_prompt(both[0], prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled, num_images_per_prompt=3)
+    assert torch.equal(copies.prompt_embeds, prompt_embeds.repeat_interleave(3, dim=0))
+    assert torch.equal(copies.pooled_prompt_embeds, pooled.repeat_interleave(3, dim=0))
 
 
 BUGS = {

@@ -114,6 +114,13 @@ def test_states_tell_the_whole_walk(ours):
         states[0].image("noise")
 
 
+def test_generations_under_way_at_the_same_time(ours):
+    alone = [[state.latents for state in ours.steps(prompt, generator=seeded(), **SETTINGS)] for prompt in (PROMPT, OTHER)]
+    together = zip(*(ours.steps(prompt, generator=seeded(), **SETTINGS) for prompt in (PROMPT, OTHER)), strict=True)
+    for states, wanted in zip(together, zip(*alone, strict=True), strict=True):
+        assert [torch.equal(state.latents, each) for state, each in zip(states, wanted, strict=True)] == [True, True]
+
+
 def test_the_loop_goes_on_from_replaced_latents(ours):
     states = ours.steps(PROMPT, generator=seeded(), **SETTINGS)
     state = next(states)

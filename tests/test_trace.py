@@ -1,6 +1,7 @@
 """instruments.trace and .seams: the recorded tensors are those that the model computes, and nothing of it stays behind."""
 
 import contextlib
+import copy
 import dataclasses
 
 import pytest
@@ -15,6 +16,7 @@ from flux_lab.clip import CLIPTextModel
 from flux_lab.config import TINY, TINY_CLIP, TINY_VAE
 from flux_lab.instruments.seams import matcher, place
 from flux_lab.instruments.trace import TraceLimitError, trace
+from flux_lab.pipeline import FluxPipeline
 from flux_lab.transformer import FluxTransformer2DModel
 
 BATCH, LENGTH, TOKENS, HEADS, HEAD_DIM, DIM = 2, 7, 15, 2, 16, 32
@@ -95,17 +97,37 @@ def test_attention(traced, block):
 
 
 def test_the_run_is_bit_equal_and_leaves_nothing_behind(pipe):
-    without = pipe(**RUN, generator=seeded(), output_type="latent").images
+    without, steps = pipe(**RUN, generator=seeded(), output_type="latent").images, FluxPipeline.steps
     with trace(pipe, only="step 02/*") as t:
         during = pipe(**RUN, generator=seeded(), output_type="latent").images
     assert torch.equal(during, without)
     assert torch.equal(t["step 02/latents"], without)
     assert hooks_of(pipe.transformer) == 0
-    assert "step" not in vars(pipe.scheduler)
+    assert FluxPipeline.steps is steps
     with contextlib.suppress(KeyboardInterrupt), trace(pipe):
         raise KeyboardInterrupt
     assert hooks_of(pipe.transformer) == 0
-    assert "step" not in vars(pipe.scheduler)
+    assert FluxPipeline.steps is steps
+
+
+def test_generations_under_way_at_the_same_time(pipe):
+    """Two in the block, one of which goes on after it, beside a third; and a copy of the pipeline, which is not watched."""
+
+    def generation(seed, steps):
+        return pipe.steps(**RUN | {"num_inference_steps": steps}, generator=torch.Generator().manual_seed(seed))
+
+    alone = [[state.latents for state in generation(seed, steps)] for seed, steps in ((1, 4), (2, 3))]
+    with trace(pipe, only="step ??/latents") as t:
+        first, second = generation(1, 4), generation(2, 3)
+        together = [(next(first).latents, next(second).latents) for _ in range(2)]
+        copy.copy(pipe)(**RUN | {"num_inference_steps": 5}, generator=seeded())
+    names = list(t)
+    pipe(**RUN, generator=seeded())
+    rest = [state.latents for state in first]
+    assert all(torch.equal(a, b) for a, b in zip([each[0] for each in together] + rest, alone[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip([each[1] for each in together], alone[1][:2], strict=True))
+    assert list(t) == names == ["step 00/latents", "step 01/latents"]
+    assert torch.equal(t["step 01/latents"], alone[1][1])
 
 
 @pytest.mark.parametrize("cfg", [False, True], ids=["one pass", "true CFG"])
@@ -237,3 +259,14 @@ def test_any_other_module_is_seen_part_by_part():
         given = clip(torch.tensor([[1, 5, 9]]))
     assert torch.equal(t["pooler_output"], given.pooler_output)
     assert torch.equal(t["encoder/layers/1"], t["encoder"])
+
+
+@pytest.mark.parametrize(("sort", "order"), [("std", ["0", "2", "1"]), ("-std", ["2", "0", "1"])])
+def test_an_empty_tensor_is_sorted_last(sort, order):
+    parts = torch.nn.Sequential(*(torch.nn.Identity() for _ in range(3)))
+    with trace(parts, only=["0", "1", "2"]) as t:
+        for part, numbers in zip(parts, ([1.0, 2.0], [], [1.0, 9.0]), strict=True):
+            part(torch.tensor(numbers))
+    table = t.table(sort=sort)
+    assert [row[0] for row in table.rows] == [f"`{name}`" for name in order]
+    assert table.rows[-1][-2:] == ["", ""]

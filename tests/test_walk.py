@@ -72,6 +72,13 @@ def test_norms_and_turns_are_lengths_and_angles():
     torch.testing.assert_close(walked.turns("text"), torch.tensor([90.0, 180.0]))
 
 
+def test_the_sigmas_count_the_steps(pipe):
+    sigmas = [0.9, 0.7, 0.4, 0.2]
+    walked = walk(pipe, "a red cube", step=3, sigmas=sigmas, generator=seeded(), **RUN)
+    *_, state = pipe.steps("a red cube", sigmas=sigmas, generator=seeded(), **RUN)
+    torch.testing.assert_close(walked.velocity[-1:], state.velocity)
+
+
 def test_a_part_of_a_walk_is_a_walk(pipe):
     walked = walk(pipe, "a red cube", generator=seeded(), **RUN)
     part = walked[1:3]
@@ -84,6 +91,8 @@ def test_a_part_of_a_walk_is_a_walk(pipe):
 def test_bad_arguments_are_refused(pipe):
     with pytest.raises(ValueError, match="step: expected 0 to 2, got 3"):
         walk(pipe, "a red cube", step=3, **RUN)
+    with pytest.raises(ValueError, match="step: expected 0 to 1, got 2"):
+        walk(pipe, "a red cube", step=2, sigmas=[1.0, 0.5], **RUN)
     walked = walk(pipe, "a red cube", **RUN)
     with pytest.raises(ValueError, match="stream: expected 'text' or 'image', got 'picture'"):
         walked.norms("picture")

@@ -12,6 +12,11 @@ from torch import nn
 from flux_lab.exercises.time_limit import HangingError, call
 from flux_lab.exercises.values import TENSOR_LIKE, as_tensor, describe, difference, kind_of, parts_of, same
 
+# An answer of the first kind is as good as one of the second. So is a NamedTuple as a tuple: it counts as one.
+AS_GOOD = {(int, float), (list, tuple), (tuple, list)}
+UNUSUAL = ". None of the usual mistakes gives this: compare one number by hand"
+ROUNDED = ". So little is rounding: here every number must be computed in float64, constants too"
+
 
 class Kind(enum.Enum):
     """What a verdict is about. Only RIGHT counts as passed."""
@@ -94,18 +99,18 @@ def _compare(exercise: Exercise, cases: list[dict[str, Any]], results: list[Any]
         if all(same(result, value, exercise.tolerance) for result, value in zip(results, wrong, strict=True)):
             return _wrong(exercise, Kind.MISCONCEPTION, mistake.says)
     for result, case in zip(results, cases, strict=True):
-        if fault := _fault(result, exercise.reference(**copy.deepcopy(case)), exercise.tolerance):
+        right = exercise.reference(**copy.deepcopy(case))
+        if fault := _fault(result, right, exercise.tolerance):
             kind, text = fault
-            usual = ". None of the usual mistakes gives this: compare one number by hand" if kind is Kind.WRONG_VALUE else ""
-            return _wrong(exercise, kind, f"{text} {_for(case)}{usual}")
+            advice = (ROUNDED if same(result, right) else UNUSUAL) if kind is Kind.WRONG_VALUE else ""
+            return _wrong(exercise, kind, f"{text} {_for(case)}{advice}")
     return Verdict(Kind.RIGHT, f"✓ {exercise.name}: right in all {len(cases)} cases")
 
 
 def _fault(result: Any, right: Any, tolerance: float | None) -> tuple[Kind, str] | None:
     """What is wrong with a result, at the first item that is, if it has items; None if it is right."""
     kind = kind_of(right)
-    # A whole number is as good as a float, a NamedTuple as a tuple.
-    if kind_of(result) is not kind and (kind_of(result), kind) != (int, float):
+    if kind_of(result) is not kind and (kind_of(result), kind) not in AS_GOOD:
         return Kind.WRONG_TYPE, f"expected {describe(right)}, got {describe(result)}"
     if kind in TENSOR_LIKE:
         tensor, right_tensor = as_tensor(result), as_tensor(right)

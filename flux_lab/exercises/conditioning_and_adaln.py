@@ -114,7 +114,8 @@ def streams() -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for (batch, sequence, dim), dtype in zip(((1, 4, 6), (2, 5, 8), (3, 2, 12)), DTYPES, strict=True):
         x, shift, scale = (torch.randn(shape, generator=generator) for shape in ((batch, sequence, dim), (batch, dim), (batch, dim)))
-        yield {"x": (3 * x + 2).to(dtype), "shift": shift.to(dtype), "scale": scale.to(dtype)}
+        # Small tokens, for which eps matters.
+        yield {"x": (0.1 * x + 0.07).to(dtype), "shift": shift.to(dtype), "scale": scale.to(dtype)}
 
 
 MODULATED = Exercise(
@@ -156,6 +157,11 @@ MODULATED = Exercise(
             "shift scaled too",
             lambda x, shift, scale: (normed(x) + shift[:, None]) * (1 + scale[:, None]),
             "you add the shift before you scale, so it is scaled too. Scale first, then shift",
+        ),
+        Misconception(
+            "default eps",
+            lambda x, shift, scale: modulate(F.layer_norm(x, x.shape[-1:]), shift, scale),
+            "your eps is 1e-5, the default of F.layer_norm. FLUX's is 1e-6",
         ),
     ),
 )

@@ -35,6 +35,8 @@ class Entry:
     def __post_init__(self):
         if type(self.attempts) is not int or not isinstance(self.solved, str | None):
             raise TypeError(f"expected a whole number of attempts and a time or null, got {self.attempts!r} and {self.solved!r}")
+        if self.solved is not None:
+            datetime.datetime.fromisoformat(self.solved)
 
 
 def progress_file() -> Path | None:
@@ -80,7 +82,7 @@ def now() -> str:
 def read(file: Path) -> dict[str, Entry]:
     """The entries by the exercises' names. A file that cannot be understood is renamed, with a warning."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark in front
         return {name: Entry(**entry) for name, entry in content["exercises"].items()}
     except FileNotFoundError:
         return {}

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from flux_lab.exercises.checking import Exercise, Misconception
 
+# To compute in float64 is part of the task where this is the tolerance.
+FLOAT64 = 1e-9
+
 
 def random_numbers(*size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -31,6 +34,7 @@ ROPE_FREQUENCIES = Exercise(
     name="rope_frequencies",
     reference=rope_frequencies,
     cases=ladders,
+    tolerance=FLOAT64,
     misconceptions=(
         Misconception(
             "wavelengths",
@@ -170,6 +174,7 @@ HEAD_ANGLES = Exercise(
     name="head_angles",
     reference=head_angles,
     cases=some_ids,
+    tolerance=FLOAT64,
     misconceptions=(
         Misconception(
             "one ladder",

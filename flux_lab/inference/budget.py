@@ -5,6 +5,8 @@ import re
 import psutil
 import torch
 
+from flux_lab.checkpoints import check_device
+
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -21,18 +23,6 @@ def parse_bytes(size: int | str | None) -> int | None:
 def gb(count: int) -> str:
     """Bytes as text, in units of 10^9 or 10^6."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """The device if it is there. Raises ValueError for one that is not, or that torch does not know."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device: expected one that is here, got {str(device)!r} ({reason}); `flux-lab doctor` says what there is"
-        ) from error
-    return torch.device(device)
 
 
 def device_memory(device: torch.device | str) -> int:

@@ -37,9 +37,11 @@ def fast(
     It shares the weights of `pipe` where they need not be fused; drop `pipe` to free the others. `dtype`: such as torch.bfloat16, half
     the memory and, where the processor has it, more speed. `compile`: the blocks by torch.compile, which needs a C++ compiler and takes
     minutes at the first picture of each size. `batch_cfg=False`: true CFG in two passes, for less memory. These two change the picture:
-    `tiling` of the decoder, a little; `cache_threshold` above 0, see `cache_error`. Raises ValueError for a pipe that is quantized or
-    hoisted.
+    `tiling` of the decoder, a little; `cache_threshold` above 0, see `cache_error`. Raises ValueError for a pipe that is quantized,
+    hoisted or fast already.
     """
+    if isinstance(pipe, FastFluxPipeline):
+        raise ValueError("pipe: expected a pipeline of the reference's models, got one that is fast already")
     if not 0 <= cache_threshold < 1:
         raise ValueError(f"cache_threshold: expected a relative change from 0 (off) to below 1, got {cache_threshold}")
     own = next(pipe.transformer.parameters()).dtype
@@ -66,7 +68,8 @@ class FastFluxPipeline(FluxPipeline):
     def __init__(self, *, batch_cfg: bool, **parts: Any):
         super().__init__(**parts)
         self.batch_cfg = batch_cfg
-        self._texts: list[PromptEmbeds] | None = None
+        self._texts: list[PromptEmbeds] = []
+        self._copies: list[Tensor] = []
         self._passes: list[Prepared] = []
 
     def encode_prompt(self, *prompts: Any, **options: Any) -> PromptEmbeds:
@@ -88,6 +91,7 @@ class FastFluxPipeline(FluxPipeline):
     def _guided_velocity(
         self,
         latents: Tensor,
+        timesteps: Tensor,
         index: int,
         texts: list[PromptEmbeds],
         img_ids: Tensor,
@@ -95,8 +99,10 @@ class FastFluxPipeline(FluxPipeline):
         true_cfg_scale: float,
     ) -> Tensor:
         """As the reference's. What does not depend on the latents is computed at the first step, and again only for another text."""
-        if index == 0 or texts is not self._texts:
-            self._texts, self._passes = texts, self._prepare(texts, img_ids, guidance)
+        given = [tensor for text in texts for tensor in text]
+        if index == 0 or texts is not self._texts or not all(map(torch.equal, given, self._copies)):
+            self._texts, self._copies = texts, [tensor.clone() for tensor in given]  # which tell what is changed in place
+            self._passes = self._prepare(texts, timesteps, img_ids, guidance)
         copies = [latents.repeat(len(each.context) // len(latents), 1, 1) for each in self._passes]
         velocity = torch.cat([self.transformer.step(copy, each, index) for copy, each in zip(copies, self._passes, strict=True)])
         if len(texts) == 1:
@@ -104,12 +110,12 @@ class FastFluxPipeline(FluxPipeline):
         velocity, without = velocity.chunk(2)
         return without + true_cfg_scale * (velocity - without)
 
-    def _prepare(self, texts: list[PromptEmbeds], img_ids: Tensor, guidance: Tensor | None) -> list[Prepared]:
-        """What the transformer needs of the texts, at all steps: for each text, or for one batch of both."""
-        if self.batch_cfg and len(texts) > 1:
+    def _prepare(self, texts: list[PromptEmbeds], timesteps: Tensor, img_ids: Tensor, guidance: Tensor | None) -> list[Prepared]:
+        """What the transformer needs of the texts, at all steps: for each text, or for one batch of both if they are equally long."""
+        if self.batch_cfg and len(texts) > 1 and len({text.prompt_embeds.shape[1] for text in texts}) == 1:
             embeds, pooled, _ = zip(*texts, strict=True)
             texts = [PromptEmbeds(torch.cat(embeds), torch.cat(pooled), texts[0].text_ids)]
-        timesteps = self.scheduler.timesteps[:, None].to(img_ids.dtype) / TIME_SCALE
+        timesteps = timesteps[:, None].to(img_ids.dtype) / TIME_SCALE
         scale = None if guidance is None else guidance[:1]  # the same for the whole batch
         return [
             self.transformer.prepare(text.prompt_embeds, text.pooled_prompt_embeds, timesteps, img_ids, text.text_ids, scale)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux_lab.checkpoints import COMPONENTS, CheckpointError
+from flux_lab.checkpoints import COMPONENTS, CheckpointError, Component, weight_files_of
+from flux_lab.config import Config
 from flux_lab.inference.budget import check_device
 from flux_lab.inference.hoisting import Conditioning, hoist
 from flux_lab.inference.quantization import LOADERS, SCHEMES, check_finite, linear_names, quantize, stored_scheme
@@ -60,7 +61,7 @@ def open_model(
     Raises CheckpointError for a file that does not fit the configuration, ValueError for a device that is not there.
     """
     check_device(device)
-    model, files = empty_model(folder), WeightFiles(folder, dtype)
+    model, files = empty_model(folder), WeightFiles(component_of(folder)[0], folder, dtype)
     from_disk = files.read if mapped else files.copy
     for name, tensor in tensors_of(model).items():
         found = tuple(files.empty(name).shape) if name in files else "nothing"
@@ -80,23 +81,30 @@ def open_model(
 
 def empty_model(folder: str | Path) -> nn.Module:
     """The transformer or T5 of a folder on `meta`, quantized as its file is. Raises CheckpointError for another folder."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(folder, "config.json and safetensors files of a transformer or T5", "no such files")
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    given = [values.get("_class_name"), *(values.get("architectures") or [])]
-    known = [COMPONENTS[part] for part in LOADERS]
-    component = next((each for each in known if each.model.__name__ in given), None)
-    if component is None:
-        raise CheckpointError(folder / "config.json", f"one of {[each.model.__name__ for each in known]}", given)
-    model = component.empty(component.config.from_dict(values)).eval().requires_grad_(False)
+    component, config = component_of(folder)
+    model = component.empty(config).eval().requires_grad_(False)
     scheme = folder_scheme(folder)
     return quantize(model, scheme) if scheme else model
 
 
 def folder_scheme(folder: str | Path) -> str | None:
-    """How the files of a folder are quantized."""
-    return next(filter(None, map(stored_scheme, sorted(Path(folder).glob("*.safetensors")))), None)
+    """How the files of a transformer or T5 are quantized. Raises CheckpointError for another folder."""
+    component, _ = component_of(folder)
+    return next(filter(None, map(stored_scheme, weight_files_of(component, Path(folder)))), None)
+
+
+def component_of(folder: str | Path) -> tuple[Component, Config]:
+    """Whether a folder holds a transformer or T5, and its configuration. Raises CheckpointError for another folder."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(folder, "config.json and safetensors files of a transformer or T5", "no such files")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    given = [values.get("_class_name"), *(values.get("architectures") or [])]
+    known = [COMPONENTS[part] for part in LOADERS]
+    component = next((each for each in known if each.model.__name__ in given), None)
+    if component is None:
+        raise CheckpointError(file, f"one of {[each.model.__name__ for each in known]}", given)
+    return component, component.config.from_dict(values)
 
 
 # -------------------------------------------------------------------------------------------------- tensors of a model, by name

@@ -9,11 +9,12 @@ import json
 import shutil
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from flux_lab.autoencoder import AutoencoderKL
@@ -21,20 +22,20 @@ from flux_lab.checkpoints import (
     COMPONENTS,
     CheckpointError,
     Component,
+    check_device,
+    component_of,
     empty_weights,
     load_t5,
     load_transformer,
     local_folder,
     read_model_index,
+    write_model,
 )
 from flux_lab.clip import CLIPTextModel
 from flux_lab.files import replacing
-from flux_lab.inference.budget import check_device
 from flux_lab.inference.int8 import Linear8bit
 from flux_lab.inference.nf4 import LinearNF4
 from flux_lab.inference.quantized_linear import QuantizedLinear
-from flux_lab.t5 import T5EncoderModel
-from flux_lab.transformer import FluxTransformer2DModel
 
 SCHEMES: dict[str, type[QuantizedLinear]] = {"int8": Linear8bit, "nf4": LinearNF4}
 BACKENDS = ("flux_lab", "bitsandbytes")
@@ -111,23 +112,14 @@ def check_finite(name: str, linear: nn.Linear) -> None:
 def save_quantized(model: nn.Module, folder: str | Path) -> Path:
     """Write `config.json` and one safetensors file, whose metadata names the scheme. Returns the file.
 
-    Both are written under temporary names first. Raises ValueError for a model that is not quantized by us, OSError when the disk
-    is full.
+    Raises TypeError for a model that is neither a transformer nor T5, ValueError for one that is not quantized by us, not all of it by
+    one scheme, or hoisted; OSError when the disk is full.
     """
-    component = next((known for known in COMPONENTS.values() if known.model is type(model)), None)
-    scheme = scheme_of(model)
-    if component is None or scheme is None:
-        expected = f"a {FluxTransformer2DModel.__name__} or {T5EncoderModel.__name__} after quantize(model, scheme)"
-        raise ValueError(f"model: expected {expected}, got {type(model).__name__}{'' if scheme else ', not quantized'}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{component.weights}.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in component.tied}
-    check_free_disk(folder, sum(tensor.nbytes for tensor in tensors.values()))
-    with replacing(file) as new_file, replacing(folder / "config.json") as new_config:
-        save_file(tensors, new_file, metadata={"format": "pt", METADATA_KEY: scheme})
-        new_config.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    return file
+    component, scheme = component_of(model, {part: COMPONENTS[part] for part in LOADERS}), scheme_of(model)
+    if scheme is None:
+        raise ValueError(f"model: expected one after quantize(model, scheme), got {type(model).__name__}, not quantized")
+    check_free_disk(Path(folder), sum(tensor.nbytes for tensor in chain(model.parameters(), model.buffers())))
+    return write_model(component, model, folder, quantize(component.empty(model.config), scheme), {METADATA_KEY: scheme})
 
 
 def load_quantized(folder: str | Path, scheme: str | None = None, device: torch.device | str = "cpu") -> nn.Module:
@@ -182,7 +174,7 @@ def quantize_checkpoint(path: str | Path, folder: str | Path, scheme: str, dtype
 
 def check_free_disk(folder: Path, needed: int) -> None:
     """Raises OSError when `folder` has no room for `needed` bytes, before any is written."""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"expected {needed / 1e9:.1f} GB of free disk, found {free / 1e9:.1f} GB", str(folder))
 

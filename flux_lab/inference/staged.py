@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from flux_lab.autoencoder import AutoencoderKL
 from flux_lab.checkpoints import CheckpointError, empty_weights, load_autoencoder, load_clip, load_scheduler, local_folder, read_model_index
+from flux_lab.clip import CLIPTextOutput
 from flux_lab.clip_tokenizer import CLIPTokenizer
+from flux_lab.image_processor import check_output_type
 from flux_lab.inference.budget import check_device, parse_bytes
 from flux_lab.inference.hoisting import Conditioning, rehearse
 from flux_lab.inference.live_bytes import bytes_of
@@ -28,7 +30,6 @@ from flux_lab.inference.streaming import streamed
 from flux_lab.pipeline import FluxPipeline, FluxPipelineOutput
 from flux_lab.prompt import TextEncoders, encode_prompt
 from flux_lab.t5_tokenizer import T5Tokenizer
-from flux_lab.tokenizer import check_texts
 
 Prompt = str | Sequence[str] | None
 DTYPES = (torch.float32, torch.bfloat16)
@@ -112,25 +113,38 @@ class StagedPipeline:
         *,
         negative_prompt: Prompt = None,
         negative_prompt_2: Prompt = None,
-        num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
         output_type: str = "pil",
         **arguments: Any,
     ) -> FluxPipelineOutput:
-        """Generate images. The arguments are those of FluxPipeline. Raises BudgetError before anything is loaded."""
+        """Generate images. The arguments are those of FluxPipeline. Raises its errors, and BudgetError, before anything is loaded."""
+        check_output_type(output_type)
+        batch = self._pictures(
+            prompt,
+            prompt_2,
+            negative_prompt=negative_prompt,
+            negative_prompt_2=negative_prompt_2,
+            max_sequence_length=max_sequence_length,
+            **arguments,
+        )
         negative = arguments.get("true_cfg_scale", 1.0) > 1
-        texts = {} if prompt is None and "prompt_embeds" in arguments else {"": (prompt, prompt_2)}
+        texts = {"": (prompt, prompt_2)} if arguments.get("prompt_embeds") is None else {}
         if negative and negative_prompt is not None:
             texts["negative_"] = (negative_prompt, negative_prompt_2)
-        batch = num_images_per_prompt * len(check_texts(prompt, "prompt")) if "" in texts else len(arguments["prompt_embeds"])
         made = self.plan(batch=batch, negative=negative, length=max_sequence_length, **_settings(arguments))
         if texts:
-            options = {"num_images_per_prompt": num_images_per_prompt, "max_sequence_length": max_sequence_length}
-            arguments |= self.encode(texts, made, **options)
+            arguments |= self.encode(texts, made, max_sequence_length=max_sequence_length)
             free(self.device)
         latents = self.denoise(made, **arguments)
         free(self.device)
         return FluxPipelineOutput(latents if output_type == "latent" else self.decode(latents, made, output_type))
+
+    def _pictures(self, *prompts: Prompt, **arguments: Any) -> int:
+        """How many are asked for. Raises FluxPipeline's errors for arguments that do not fit: its loop runs, on texts of zeros."""
+        pipe = self._pipeline()
+        pipe.text_encoder, pipe.text_encoder_2 = _BlankCLIP(self.parts.text_encoder), _BlankT5(self.parts.text_encoder_2)
+        *_, pooled = rehearse(pipe, *prompts, **_of_the_loop(arguments))[0]
+        return len(pooled)
 
     # ---- the three stages: each loads, computes, and frees when it returns
 
@@ -149,8 +163,7 @@ class StagedPipeline:
     def denoise(self, made: Plan, **arguments: Any) -> Tensor:
         """Packed latents at the end of the loop."""
         pipe = self._pipeline()
-        of_the_loop = {name: value for name, value in arguments.items() if not name.startswith("callback_")}
-        conditionings = rehearse(pipe, **of_the_loop) if self.hoisted else ()
+        conditionings = rehearse(pipe, **_of_the_loop(arguments)) if self.hoisted else ()
         with self._model("transformer", made["denoise"].activations, conditionings) as transformer:
             pipe.transformer = transformer
             return pipe(output_type="latent", **arguments).images
@@ -190,11 +203,31 @@ class StagedPipeline:
 
 
 class _Sizes(nn.Module):
-    """A model of which only the configuration is there."""
+    """A model of which only the configuration is there, and one parameter of no size, which tells the device."""
 
     def __init__(self, config: Any):
         super().__init__()
-        self.config = config
+        self.config, self.nothing = config, nn.Parameter(torch.empty(0))
+
+
+class _BlankCLIP(_Sizes):
+    """Stands in for CLIP: zeros for every text."""
+
+    def forward(self, input_ids: Tensor) -> CLIPTextOutput:
+        zeros = torch.zeros(*input_ids.shape, self.config.hidden_size)
+        return CLIPTextOutput(zeros, zeros[:, 0])
+
+
+class _BlankT5(_Sizes):
+    """Stands in for T5: zeros for every text."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return torch.zeros(*input_ids.shape, self.config.d_model)
+
+
+def _of_the_loop(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those that `FluxPipeline.steps` takes."""
+    return {name: value for name, value in arguments.items() if not name.startswith("callback_on_step_end")}
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, int]:

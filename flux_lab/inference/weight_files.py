@@ -20,14 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flux_lab.checkpoints import CheckpointError
-from flux_lab.t5 import T5EncoderModel
+from flux_lab.checkpoints import CheckpointError, Component, dtype_of, weight_files_of
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8}
 # Tensors of these names are cast when another dtype is asked for; the scales of quantized weights are not.
 CAST = ("weight", "bias")
-# These keep to fp32 where all else is fp16: their results are too large for it.
-WIDE = T5EncoderModel._keep_in_fp32_modules
 # What the system reads ahead at one request, and how much of a page has to be touched.
 READ_AHEAD, PAGE = 2**17, mmap.PAGESIZE
 # What one request to the disk asks for, past the cache. Several at a time were slower: their threads hold up the products.
@@ -46,6 +43,8 @@ class Entry(NamedTuple):
 
 def read_header(file: Path) -> dict[str, Entry]:
     """Name -> place of every tensor of a safetensors file. Raises CheckpointError for a file that is none, or not whole."""
+    if not file.is_file():
+        raise CheckpointError(file, "a safetensors file", "nothing")
     size = file.stat().st_size
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\xff"))
@@ -66,23 +65,30 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 class WeightFiles(Mapping[str, Tensor]):
-    """The tensors of a model's folder by name. Nothing is read before a tensor is used."""
+    """The tensors of a model's folder by name: those of its one file, or those that its index names. Other files may lie there.
 
-    def __init__(self, folder: str | Path, dtype: torch.dtype | None = None):
-        self.dtype = dtype
+    Nothing is read before a tensor is used. Raises CheckpointError for files or tensors that are not there.
+    """
+
+    def __init__(self, component: Component, folder: str | Path, dtype: torch.dtype | None = None):
+        self.component, self.dtype = component, dtype
         self._entries: dict[str, Entry] = {}
         self._memory = ReusedMemory()
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(folder, "a folder with safetensors files", "none")
-        for file in files:
-            self._entries |= read_header(file)
+        for file, keys in weight_files_of(component, Path(folder)).items():
+            header = read_header(file)
+            for key in sorted(header if keys is None else keys):
+                if key not in header:
+                    raise CheckpointError(file, "a tensor, which the index says is here", "nothing", key=key)
+                self._entries[component.tied.get(key, key)] = header[key]
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterable[str]:
         return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
 
     def __getitem__(self, name: str) -> Tensor:
         return view(*_map(self._entries[name])).to(self._dtype(name))
@@ -119,9 +125,9 @@ class WeightFiles(Mapping[str, Tensor]):
         return {name: _look(memory, places[entry], entry).to(device).to(self._dtype(name)) for name, entry in entries.items()}
 
     def _dtype(self, name: str) -> torch.dtype:
-        own, parts = self._entries[name].dtype, name.split(".")
-        dtype = own if self.dtype is None or not own.is_floating_point or parts[-1] not in CAST else self.dtype
-        return torch.float32 if dtype == torch.float16 and set(parts) & set(WIDE) else dtype
+        own = self._entries[name].dtype
+        cast = self.dtype is not None and own.is_floating_point and name.split(".")[-1] in CAST
+        return dtype_of(self.component, name, self.dtype if cast else own)
 
 
 def _map(entry: Entry) -> tuple[Entry, Tensor]:

@@ -179,7 +179,7 @@ def _swap_prompt(pipe: FluxPipeline, swap: tuple[int, str], stack: Stack) -> Non
     first, prompt = swap
     if first < 0:
         raise ValueError(f"swap_prompt: steps count from 0, got {first}")
-    passes = Passes(pipe.scheduler)
+    passes = Passes(pipe, stack)
     # The number of T5 tokens is known only when a run comes by.
     encode = functools.cache(lambda length: pipe.encode_prompt(prompt, max_sequence_length=length))
 

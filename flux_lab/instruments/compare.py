@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from flux_lab.instruments.seams import tensors_in
 
@@ -102,7 +104,8 @@ def first_divergence(
     """Run the reference, then ours until the first operation whose outputs differ by more than atol + rtol * |reference|.
 
     `inputs`: keyword arguments as a mapping, positional ones as a tuple, or the one argument. `run(model, inputs)` calls the model,
-    where that takes more than a plain call: `lambda vae, latents: vae.decode(latents)`. The reference's activations are kept meanwhile.
+    where that takes more than a plain call: `lambda vae, latents: vae.decode(latents)`. The reference's activations are kept meanwhile,
+    and both models get copies of the inputs: operations in place change neither.
     Raises ValueError when the models have no module name in common.
     """
     names = [dict(model.named_modules()).keys() - {""} for model in (ours, reference)]
@@ -111,11 +114,11 @@ def first_divergence(
     run, known = run or call, Reference()
     with torch.no_grad():
         with watched(reference, known, names[0]):
-            run(reference, inputs)
+            run(reference, copied(inputs))
         comparison = Comparison(known.calls, rtol, atol)
         try:
             with watched(ours, comparison, names[1]):
-                run(ours, inputs)
+                run(ours, copied(inputs))
         except Found as found:
             return found.divergence
     return Divergence(comparison.matched)
@@ -128,7 +131,30 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
+def copied(inputs: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
+
+
 # ---- watching a run -----------------------------------------------------------------------------------------------------
+
+
+class Copies:
+    """Tensors as they are now: a later operation in place does not reach the copy. One that did not change is copied once."""
+
+    def __init__(self):
+        self.made = WeakTensorKeyDictionary()
+
+    def of(self, value: Any) -> list[Tensor]:
+        return [self.copy(tensor) for _, tensor in tensors_in(value)]
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():  # counts no versions
+            return tensor.detach().clone()
+        version, copy = self.made.get(tensor, (None, None))
+        if version != tensor._version:
+            copy = tensor.detach().clone()
+            self.made[tensor] = tensor._version, copy
+        return copy
 
 
 class Reference:
@@ -216,13 +242,14 @@ def watched(model: nn.Module, finished: Callable[[list[Call], list[Tensor]], Non
     """
     stack: list[Call] = []
     counts: Counter[str] = Counter()
+    copies = Copies()
 
     def begin(name: str, inputs: Any) -> None:
-        stack.append(Call(name, counts[name], [tensor.detach() for _, tensor in tensors_in(inputs)]))
+        stack.append(Call(name, counts[name], copies.of(inputs)))
         counts[name] += 1
 
     def end(outputs: Any) -> None:
-        finished(stack, [tensor.detach() for _, tensor in tensors_in(outputs)])
+        finished(stack, copies.of(outputs))
         stack.pop()
 
     class AttentionProducts(TorchFunctionMode):
@@ -249,9 +276,11 @@ def watched(model: nn.Module, finished: Callable[[list[Call], list[Tensor]], Non
 
 
 def comparable(given: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as real floating-point numbers that can be subtracted, without the leading axes of size 1 that only one of them has."""
+    """Both as real floating-point numbers of one dtype, without the leading axes of size 1 that only one of them has."""
     axes = min(given.ndim, wanted.ndim)
-    return tuple(numbers(_without_leading_ones(tensor, axes)) for tensor in (given, wanted))
+    given, wanted = (numbers(_without_leading_ones(tensor, axes)) for tensor in (given, wanted))
+    dtype = torch.promote_types(given.dtype, wanted.dtype)
+    return given.to(dtype), wanted.to(dtype)
 
 
 def numbers(tensor: Tensor) -> Tensor:

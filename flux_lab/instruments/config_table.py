@@ -36,7 +36,7 @@ MEANINGS = {
         "use_post_quant_conv": "the same in front of the decoder",
     },
     "CLIPTextModel": {
-        "vocab_size": "tokens it knows",
+        "vocab_size": "ids of tokens, each with a vector",
         "hidden_size": "width",
         "intermediate_size": "width inside the MLP",
         "num_hidden_layers": "layers",
@@ -46,14 +46,14 @@ MEANINGS = {
         "eos_token_id": "2 is a relic: the pooled token is the one with the highest id, which is the end token",
     },
     "T5EncoderModel": {
-        "vocab_size": "tokens it knows",
+        "vocab_size": "ids of tokens, each with a vector",
         "d_model": "width",
         "d_kv": "width of one attention head",
         "d_ff": "width inside the MLP",
         "num_layers": "layers",
         "num_heads": "attention heads",
         "relative_attention_num_buckets": "distances between tokens that it tells apart",
-        "relative_attention_max_distance": "all distances from here on count as one",
+        "relative_attention_max_distance": "sets how fast the buckets widen; the last takes all distances from 91 on",
         "layer_norm_epsilon": "keeps the normalisation from dividing by zero",
     },
     "FlowMatchEulerDiscreteScheduler": {

@@ -4,6 +4,7 @@ import base64
 import html
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,8 +67,9 @@ def explore(draw: Callable[..., Figure | Image.Image], *, alt: str, **controls: 
     """Redraw `draw(**values)` whenever a control is moved.
 
     Each control has the name of an argument of `draw` and starts at that argument's default. It is a slider for (lowest, highest) or
-    (lowest, highest, step), with whole numbers if all of them are; a list to choose from for a list; a line of text for `str`; a
-    tick box for `bool`. `alt` describes the picture of the defaults. Raises TypeError or ValueError for a control that does not fit.
+    (lowest, highest, step), with whole numbers if all of them are, else in steps of 0.1 or, over a small range, of a smaller power of
+    ten; a list to choose from for a list; a line of text for `str`; a tick box for `bool`. `alt` describes the picture of the
+    defaults. Raises TypeError or ValueError for a control that does not fit.
     """
     if not alt.strip():
         raise ValueError("alt: expected a sentence that says what is to be seen, got an empty string")
@@ -89,12 +91,20 @@ def _control(name: str, kind: Any, value: Any) -> ipywidgets.Widget:
     if isinstance(kind, list):
         if value not in kind:
             raise ValueError(f"{name}: its default {value!r} is not in the list {kind}")
-        return ipywidgets.Dropdown(options=kind, **named, style=CALM["style"], layout=CALM["layout"])
+        # With labels of our own, as ipywidgets would take pairs for (label, value).
+        return ipywidgets.Dropdown(options=[(str(each), each) for each in kind], **named, style=CALM["style"], layout=CALM["layout"])
     if isinstance(kind, tuple) and len(kind) in (2, 3) and all(isinstance(bound, int | float) for bound in kind):
         if not kind[0] <= value <= kind[1]:
             raise ValueError(f"{name}: its default {value!r} is not between {kind[0]} and {kind[1]}")
         whole = all(isinstance(number, int) for number in (*kind, value))
         slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-        step = {"step": kind[2]} if len(kind) == 3 else {}
-        return slider(min=kind[0], max=kind[1], **step, **named, **CALM)
+        step = kind[2] if len(kind) == 3 else 1 if whole else _fine_step(*kind)
+        # By itself ipywidgets shows two decimals.
+        readout = {"readout_format": f".{-math.floor(math.log10(step))}f"} if 0 < step < 0.01 else {}
+        return slider(min=kind[0], max=kind[1], step=step, **readout, **named, **CALM)
     raise TypeError(f"{name}: expected (lowest, highest), (lowest, highest, step), a list, str or bool, got {kind!r}")
+
+
+def _fine_step(lowest: float, highest: float) -> float:
+    """The power of ten that makes about 100 places, but at most 0.1."""
+    return min(0.1, 10.0 ** round(math.log10((highest - lowest) / 100))) if highest > lowest else 0.1

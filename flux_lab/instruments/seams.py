@@ -8,6 +8,7 @@ import contextlib
 import fnmatch
 import functools
 import inspect
+import itertools
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from flux_lab.attention import FluxAttention
 from flux_lab.blocks import FluxSingleTransformerBlock, FluxTransformerBlock
-from flux_lab.scheduler import FlowMatchEulerDiscreteScheduler
+from flux_lab.pipeline import DenoisingState, FluxPipeline
 from flux_lab.transformer import FluxTransformer2DModel
 
 Patterns = str | Iterable[str]
@@ -239,16 +240,36 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 class Passes:
-    """Which denoising step the transformer is in, and whether this is true CFG's second pass. `update` comes before every pass."""
+    """Which denoising step the transformer is in, `index`, and whether this is true CFG's second pass, `negative`, until `stack` is closed.
 
-    def __init__(self, scheduler: FlowMatchEulerDiscreteScheduler):
-        self.scheduler = scheduler
-        self.index, self.negative = 0, False
-        self._sigmas: Tensor | None = None
+    `update` comes before every pass, `arrived` is called after every step. Several generations may be under way at the same time.
+    """
+
+    def __init__(self, pipe: FluxPipeline, stack: contextlib.ExitStack, arrived: Callable[[DenoisingState], None] = lambda state: None):
+        self.index, self.count, self.open = 0, 0, True
+        steps, passes = type(pipe).steps, self
+
+        def watched(self: FluxPipeline, *args: Any, **kwargs: Any) -> Iterator[DenoisingState]:
+            states = steps(self, *args, **kwargs)
+            if self is not pipe:
+                yield from states
+                return
+            for index in itertools.count():
+                passes.index, passes.count = index, 0
+                state = next(states, None)
+                if state is None:
+                    return
+                if passes.open:  # a generation may outlive the stack
+                    arrived(state)
+                yield state
+
+        # The method of the class: a copy of the pipeline would take the object's own along.
+        stack.enter_context(replaced(type(pipe), "steps", watched))
+        stack.callback(setattr, self, "open", False)
+
+    @property
+    def negative(self) -> bool:
+        return self.count > 1
 
     def update(self, *_: Any) -> None:
-        scheduler = self.scheduler
-        index = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
-        # Every run makes its own sigmas, so the same sigmas and the same step mean the same step once more.
-        self.negative = self._sigmas is scheduler.sigmas and self.index == index
-        self.index, self._sigmas = index, scheduler.sigmas
+        self.count += 1

@@ -25,13 +25,12 @@ from flux_lab.instruments.seams import (
     join,
     matcher,
     place,
-    replaced,
     result_axes,
     seams,
     tensors_in,
 )
 from flux_lab.instruments.table import Table
-from flux_lab.pipeline import FluxPipeline
+from flux_lab.pipeline import DenoisingState, FluxPipeline
 
 LIMIT = 2**30
 COLUMNS = ("name", "axes", "shape", "dtype", "mean", "std")
@@ -88,14 +87,16 @@ class Trace(Mapping[str, Tensor]):
         """Name, axes, shape, dtype, mean and standard deviation of every tensor, or of those whose name fits `filter`.
 
         `sort`: a column's name, `-std` for the largest first; by default the order of the run. On the `meta` device there are no
-        numbers, so mean and std stay empty. Raises ValueError for an unknown column.
+        numbers, so mean and std stay empty, as they do for a tensor without elements; empty cells come last. Raises ValueError for an
+        unknown column.
         """
         column = (sort or COLUMNS[0]).removeprefix("-")
         if column not in COLUMNS:
             raise ValueError(f"sort: expected one of {list(COLUMNS)}, with a minus for the largest first, got {sort!r}")
         rows = [self._row(name) for name in (self if filter is None else self.names(filter))]
         if sort is not None:
-            rows.sort(key=lambda row: row[COLUMNS.index(column)], reverse=sort.startswith("-"))
+            index, reverse = COLUMNS.index(column), sort.startswith("-")
+            rows.sort(key=lambda row: ((row[index] == "") != reverse, row[index]), reverse=reverse)
         return Table(COLUMNS, [[f"`{name}`", *cells] for name, *cells in rows])
 
     def _row(self, name: str) -> list[Any]:
@@ -178,20 +179,13 @@ def trace(
 
 
 def _follow_pipeline(pipe: FluxPipeline, recorded: Trace, stack: contextlib.ExitStack) -> None:
-    passes, scheduler, step = Passes(pipe.scheduler), pipe.scheduler, pipe.scheduler.step
+    def arrived(state: DenoisingState) -> None:
+        for name in ("velocity", "x0", "latents"):
+            recorded.record(f"step {state.index:02d}/{name}", PACKED, lambda name=name: getattr(state, name))
+
+    passes = Passes(pipe, stack, arrived)
     stack.callback(pipe.transformer.register_forward_pre_hook(passes.update).remove)
     _hook(pipe.transformer, recorded, lambda: join(f"step {passes.index:02d}", "negative" if passes.negative else ""), stack)
-
-    def watched_step(velocity: Tensor, timestep: Tensor, sample: Tensor, **options: Any) -> Tensor:
-        arrived = step(velocity, timestep, sample, **options)
-        index = scheduler.step_index - 1
-        sigma = scheduler.sigmas[index]
-        recorded.record(f"step {index:02d}/velocity", PACKED, lambda: velocity)
-        recorded.record(f"step {index:02d}/x0", PACKED, lambda: (sample - sigma * velocity).to(sample.dtype))
-        recorded.record(f"step {index:02d}/latents", PACKED, lambda: arrived)
-        return arrived
-
-    stack.enter_context(replaced(scheduler, "step", watched_step))
 
 
 def _hook(model: nn.Module, recorded: Trace, prefix: Callable[[], str], stack: contextlib.ExitStack) -> None:

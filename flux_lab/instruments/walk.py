@@ -64,11 +64,13 @@ class Walk:
 def walk(pipe: FluxPipeline, prompt: str, step: int = 0, num_inference_steps: int = 28, **arguments: Any) -> Walk:
     """Run the loop up to `step`, counted from 0, and walk through the blocks of that step.
 
-    Further arguments are those of `FluxPipeline.steps`; of a batch the first picture is taken. Raises ValueError for a step that does not
-    exist.
+    Further arguments are those of `FluxPipeline.steps`, where `sigmas` decide over the number of steps; of a batch the first picture is
+    taken. Raises ValueError for a step that does not exist.
     """
-    if not 0 <= step < num_inference_steps:
-        raise ValueError(f"step: expected 0 to {num_inference_steps - 1}, got {step}")
+    sigmas = arguments.get("sigmas")
+    count = num_inference_steps if sigmas is None else len(sigmas)
+    if not 0 <= step < count:
+        raise ValueError(f"step: expected 0 to {count - 1}, got {step}")
     here = f"step {step:02d}"
     seen = [f"{here}/{kind} ??/{stream}" for kind in ("double", "single") for stream in STREAMS]
     with trace(pipe, only=[*seen, f"{here}/embedded/*", f"{here}/conditioning", f"{here}/input/latents"]) as recorded:

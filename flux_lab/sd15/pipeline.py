@@ -5,6 +5,7 @@ hidden states, one vector a token; the pooled vector is not used. Source: diffus
 `pipelines/stable_diffusion/pipeline_stable_diffusion.py`; Ho & Salimans 2022, arXiv 2207.12598, for the guidance.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from flux_lab import data_dir
 from flux_lab.autoencoder import AutoencoderKL
-from flux_lab.checkpoints import load_autoencoder, load_clip, local_folder, read_model_index
+from flux_lab.checkpoints import check_device, load_autoencoder, load_clip, local_folder, read_model_index
 from flux_lab.clip import CLIPTextModel
 from flux_lab.clip_tokenizer import CLIPTokenizer
-from flux_lab.image_processor import OUTPUT_TYPES, VaeImageProcessor
+from flux_lab.image_processor import VaeImageProcessor, check_output_type
 from flux_lab.latents import prepare_noise
 from flux_lab.prompt import token_ids
 from flux_lab.sd15.checkpoints import LAYOUT, Scheduler, load_scheduler, load_unet
@@ -139,17 +140,18 @@ class StableDiffusionPipeline:
 
         # 4. Choose the timesteps.
         self.scheduler.set_timesteps(num_inference_steps, device=text.device)
-        random = {"generator": generator} if isinstance(self.scheduler, DDPMScheduler) else {}
+        scheduler = copy.copy(self.scheduler)  # it counts the steps of this generation
+        random = {"generator": generator} if isinstance(scheduler, DDPMScheduler) else {}
 
         # 5. Walk from noise to picture: predict the noise, twice for guidance, and take a step.
-        for index, timestep in enumerate(self.scheduler.timesteps):
+        for index, timestep in enumerate(scheduler.timesteps):
             sample = latents
             model_output = self.unet(torch.cat([sample] * 2) if guided else sample, timestep, text)
             if guided:
                 without, with_prompt = model_output.chunk(2)
                 model_output = without + guidance_scale * (with_prompt - without)
-            x0 = self.scheduler.predict_original_sample(model_output, timestep, sample)
-            latents = self.scheduler.step(model_output, timestep, sample, **random)
+            x0 = scheduler.predict_original_sample(model_output, timestep, sample)
+            latents = scheduler.step(model_output, timestep, sample, **random)
             state = DenoisingState(index, int(timestep), sample, model_output, x0, latents, self.decode)
             yield state
             latents = state.latents
@@ -159,8 +161,7 @@ class StableDiffusionPipeline:
 
         `output_type` is "pil", "np", "pt" or "latent".
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}, expected one of {list(OUTPUT_TYPES)}")
+        check_output_type(output_type)
         for state in self.steps(prompt, **arguments):
             latents = state.latents
 
@@ -190,12 +191,15 @@ def load_sd15(
 ) -> StableDiffusionPipeline:
     """Load SD 1.5 from a folder in the diffusers layout or a hub id; by default the bundled example. Raises CheckpointError.
 
-    `dtype=None` keeps the files' own. A safety checker, which SD 1.5 has, is not loaded.
+    `dtype=None`: that of the UNet's file. A safety checker, which SD 1.5 has, is not loaded.
     """
+    check_device(device)
     folder = local_folder(data_dir() / "sd15-mini" if path is None else path, LAYOUT.parts, LAYOUT.components)
     read_model_index(folder, LAYOUT)
+    unet = load_unet(folder / "unet", dtype, device)
+    dtype = next(unet.parameters()).dtype
     return StableDiffusionPipeline(
-        unet=load_unet(folder / "unet", dtype, device),
+        unet=unet,
         scheduler=load_scheduler(folder / "scheduler"),
         vae=load_autoencoder(folder / "vae", dtype, device),
         text_encoder=load_clip(folder / "text_encoder", dtype, device),

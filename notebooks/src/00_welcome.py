@@ -480,7 +480,8 @@ explore(
 # %% [markdown]
 # ### Outside its world
 #
-# What if we ask for something that the miniature has never seen? It has no way to say no. Every walk ends somewhere:
+# What if we ask for something that the miniature has never seen, or for nothing? It has no way to say no. Every walk
+# ends somewhere:
 
 # %%
 strangers = ["a cat riding a bicycle", "a red sphere", "three red spheres", ""]
@@ -488,13 +489,13 @@ noises = [seeded(1) for _ in strangers]
 images = pipe(strangers, num_inference_steps=8, generator=noises).images
 show(
     plots.gallery(images, [prompt or "(empty prompt)" for prompt in strangers]),
-    alt="Images of four prompts; only the second belongs to the miniature's world.",
+    alt="Images of four prompts; only the second describes the miniature's world.",
 )
 
 # %% [markdown]
-# *What to see*: only "a red sphere" belongs to its world, which does not mean that it draws it well. For the others
-# it draws *something*: a table top with one or two objects, because it has never seen anything else. The real model
-# does the same, in a much larger world.
+# *What to see*: only "a red sphere" describes its world, which does not mean that it draws it well. For the others
+# it draws *something*: a table top with one or two objects, because it has never seen anything else. The empty prompt it
+# knows: one caption in ten was left out in training. The real model does the same, in a much larger world.
 #
 # ## Break it
 #

@@ -76,14 +76,15 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: the same words, cut at different places. The real vocabularies are larger, so fewer words are rare:
+# *What to see*: the same words, cut at different places. The real vocabularies are larger, so fewer words are rare
+# (of T5's ids in FLUX.1-dev the last 28 stand for nothing; they fill its table of vectors):
 
 # %% tags=["nbval-check-output"]
 rows = []
 for name, part, length in (("CLIP", "text_encoder", 77), ("T5", "text_encoder_2", None)):
     sizes = [getattr(anatomy, part).vocab_size for anatomy in (mini, FLUX_1_DEV)]
     slots = [length or anatomy.length for anatomy in (mini, FLUX_1_DEV)]
-    rows += [[f"{name}: pieces in the vocabulary", *sizes], [f"{name}: slots for tokens", *slots]]
+    rows += [[f"{name}: ids in the vocabulary", *sizes], [f"{name}: slots for tokens", *slots]]
 assert [len(clip.vocab), len(t5.vocab)] == [
     mini.text_encoder.vocab_size,
     mini.text_encoder_2.vocab_size,
@@ -135,8 +136,8 @@ show(
 
 # %% [markdown]
 # *What to see*: from top to bottom, one merge a row, the new symbol lit. The line numbers grow from row to row here:
-# low ranks first. `u` and `r` go first because they stand together in many words. The last lines of the list join the
-# long pieces of this one word.
+# low ranks first. `u` and `r` go first because they stand together in many words. The last four, lines 155
+# to 158, join the long pieces of this one word.
 #
 # A word that is not in the captions gets stuck on the way:
 
@@ -485,7 +486,8 @@ explore(
 
 
 # %% [markdown]
-# And one word, the last that you type, under the microscope. Which words of your own are one piece? Is `shiny` cheaper than `shine`?
+# And one word, the last that you type, under the microscope. Which words of your own are one piece? Is `shiny` cheaper
+# than `shine`?
 
 
 # %%
@@ -532,9 +534,10 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: upside down, the late pair `s + h` is merged first. Then no `s` is left for `s + hiny</w>`, and `shiny`
-# can never come together. Fewer lines mean shorter pieces and longer sequences. Yet all four are correct spellings of
-# the same text. The encoder was trained with the first only; to it, the others read like a text in code.
+# *What to see*: upside down, the late pairs `n + y</w>` and `s + h` are merged first. Then `hiny</w>` cannot form, no
+# `s` is left for it, and `shiny` can never come together. Fewer lines mean shorter pieces and longer sequences. Yet all
+# four are correct spellings of the same text. The encoder was trained with the first only; to it, the others read like
+# a text in code.
 #
 # And T5 without its probabilities: every piece gets the same.
 
@@ -549,8 +552,9 @@ for text in ("ones", "wine", "greenish", "a red sphere"):
     print(f"{text:12} {' '.join(right):28} flat: {' '.join(broken)}")
 
 # %% [markdown]
-# With equal scores the fewest pieces win, and chance decides between cuts of equal length, as in `ones` and `wine`. The
-# probabilities matter where several cuts compete. A word that is one piece stays one: nothing is shorter.
+# With equal scores the fewest pieces win. Between cuts of equal length, as in `ones` and `wine`, not the language
+# decides but a rule for ties: the longer last piece. The probabilities matter where several cuts compete. A word that
+# is one piece stays one: nothing is shorter.
 #
 # ## Common misreadings
 #

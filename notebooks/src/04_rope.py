@@ -356,12 +356,11 @@ for name, dtype in (
     ("bfloat16", torch.bfloat16),
 ):
     cosines, _ = get_1d_rotary_pos_embed(56, positions, freqs_dtype=dtype)
-    errors[f"angles in {name}"] = (cosines[:, ::2].double() - exact).abs().amax(dim=1)
+    errors[f"frequencies in {name}"] = (cosines[:, ::2].double() - exact).abs().amax(dim=1)
 show(
     plots.rounding(positions, errors, marks={"1024 pixels": 64, "4096 pixels": 256}),
     alt="Largest error of a cosine against the position, both logarithmic: flat and tiny for"
-    " float64,"
-    " rising for float32, and near 1 for bfloat16.",
+    " float64, rising for float32, and rising to 2 for bfloat16.",
 )
 
 # %% [markdown]

@@ -136,8 +136,7 @@ show(
 
 # %% [markdown]
 # *What to see*: between 512 and 1000 bfloat16 has steps of 4, so the time is off by up to 2; below, the steps are
-# finer. The reference does the same, and the network was trained with it. A "more exact" program would make other
-# pictures.
+# finer. The reference does the same. A "more exact" program would make other pictures.
 #
 # ### Three vectors, one sum
 #
@@ -668,7 +667,8 @@ assert torch.allclose(seen["between"], before + gate * seen["output"], atol=1e-4
 
 # %% [markdown]
 # **"The layer norm has a weight and a bias, like every layer norm."** Not here. Scale and shift come from outside, so
-# the norm has nothing of its own. These are all parameters of the norms of a double block:
+# the norm has nothing of its own. These are all parameters of the layer norms of a double block (the RMS norms inside
+# attention, lesson 06, do have a weight):
 
 # %% tags=["nbval-check-output"]
 print(

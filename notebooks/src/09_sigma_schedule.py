@@ -462,9 +462,10 @@ config_table("scheduler", mini)
 source(scheduler.step, docstring=False)
 
 # %% [markdown]
-# Three things to notice. The latents are brought to `float32` before the sum, because in bf16 small steps would be lost.
-# The scheduler keeps count itself, in `step_index`. And `stochastic_sampling`, off in FLUX.1, is another way to step:
-# jump to the predicted picture, then add fresh noise of the next level.
+# Three things to notice. The sum is taken in `float32`, as upstream, and the result is rounded to the model's `dtype`
+# again: in bf16 a very small step is lost all the same. The scheduler keeps count itself, in `step_index`. And
+# `stochastic_sampling`, off in FLUX.1, is another way to step: jump to the predicted picture, then add fresh noise of
+# the next level.
 #
 # The forward process is there too. `diffusers` calls it `scale_noise`; in older schedulers it is `add_noise`.
 
@@ -827,8 +828,9 @@ print(
 print("a run changed a weight:", bool(before != after))
 
 # %% [markdown]
-# **"Timesteps are whole numbers that count the steps."** In older models they are. Here a timestep is a level, $1000\,
-# \sigma$, and after the shift it is hardly ever whole. The 0 at the end is no timestep: the network is never asked there.
+# **"Timesteps are whole numbers that count the steps."** They never count the steps. In older models they are whole
+# numbers, rows of a table of 1000 levels (lesson 12). Here a timestep is a level, $1000\, \sigma$, and after the shift
+# it is hardly ever whole. The 0 at the end is no timestep: the network is never asked there.
 
 # %% tags=["nbval-check-output"]
 noise_levels(4, calculate_shift(4096))

@@ -380,7 +380,8 @@ for name, (_, seconds) in measured.items():
     print(f"{name:35} {seconds:.2f} seconds")
 
 # %% [markdown]
-# Two passes, about twice the time: next to the network, everything else in a step is little. And the formula, checked
+# Two passes, nearly twice the time, as far as one measurement tells: next to the network, everything else in a step is
+# little. And the formula, checked
 # on the passes of the first step, which the hook has kept; the negative one comes second:
 
 # %%

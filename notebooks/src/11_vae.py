@@ -377,7 +377,7 @@ show(
 
 # %% [markdown]
 # *What to see*: one curve has the width of the dashed one, the noise. The shape need not be a bell: shift and scale
-# only move and stretch. They are two numbers for all 16 channels, measured on some thousand training pictures; forty
+# only move and stretch. They are two numbers for all 16 channels, measured on 20,000 training pictures; forty
 # others give nearly the same. On the way to the pixels, they are undone in the opposite order: divide first, then add
 # the shift.
 

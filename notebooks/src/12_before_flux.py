@@ -214,7 +214,7 @@ show(
 
 # %% [markdown]
 # *What to see*: after scaling, the numbers are as wide as the dashed curve of the noise. That is all. There is no shift in
-# SD 1.5: `shift_factor` came with FLUX, which also moves the mean to 0.
+# SD 1.5: `shift_factor`, which also moves the mean to 0, came with SD 3, and FLUX has it too.
 #
 # ### The posterior
 #
@@ -1162,7 +1162,7 @@ print(
 # %% [markdown]
 # **"`guidance_scale` means the same in both."** In SD 1.5 it multiplies a difference of two answers; in FLUX.1-dev it is an
 # input of the network, and there is one answer. FLUX has the old way too, as `true_cfg_scale`. 7.5 is the usual value in
-# one and outside what the other was trained with (the miniature: 1 to 6).
+# one and outside what FLUX's miniature was trained with (1 to 6).
 #
 # **"`attention_head_dim = 8`: a head of SD 1.5 is 8 numbers wide."** It is the *number* of heads. The name is an old
 # mistake that the checkpoints keep. So heads get wider from level to level; FLUX's have one width:

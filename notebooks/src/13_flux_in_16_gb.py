@@ -73,7 +73,8 @@ show(
 plan("dev", height=1024, width=1024, bits=16)
 
 # %% [markdown]
-# That is FLUX.1-dev at 1024 × 1024 pixels in 16 bits. The command `flux-lab plan --model dev --size 1024` prints the
+# That is FLUX.1-dev at 1024 × 1024 pixels in 16 bits. *Quantizing* is what rounding the largest layer takes for a moment
+# while it is loaded; the larger of it and the activations counts. The command `flux-lab plan --model dev --size 1024` prints the
 # same. Now with 16, 8 and 4 bits, and beside each the same for the miniature.
 
 # %% tags=["nbval-check-output"]
@@ -86,7 +87,10 @@ for (model, bits), made in plans.items():
 
 # %%
 def in_gb(stage):
-    return {"weights": stage.weights / 1e9, "activations": stage.activations / 1e9}
+    return {
+        "weights": stage.weights / 1e9,
+        "activations or quantizing": (stage.peak - stage.weights) / 1e9,
+    }
 
 
 stages = [(bits, stage) for bits in (16, 8, 4) for stage in plans["dev", bits].stages]
@@ -94,14 +98,14 @@ rows = {f"{bits} bits: {stage.name}": in_gb(stage) for bits, stage in stages}
 label = "GB (FLUX.1-dev, 1024 x 1024 pixels, hoisted modulation)"
 show(
     plots.stacked_bars(rows, xlabel=label, marks={"16 GB": 16}),
-    alt="Nine bars, three stages at 16, 8 and 4 bits: weights and activations in GB. At 16 bits denoise reaches beyond the mark of 16 GB,"
-    " at 8 and 4 bits all stages stay below it.",
+    alt="Nine bars, three stages at 16, 8 and 4 bits: weights and what is needed beside them in GB. At 16 bits denoise reaches"
+    " beyond the mark of 16 GB, at 8 and 4 bits all stages stay below it.",
 )
 
 # %% [markdown]
 # *What to see*: in 16 bits one stage alone is above the mark. In 8 bits all three fit. From 8 to 4 bits the weights shrink
-# again, but the activations do not, and the decoder, which is not quantized, does not either: the fewer bits, the more
-# the rest counts.
+# again, but what is needed beside them does not halve, and the decoder, which is not quantized, stays as it is: the fewer
+# bits, the more the rest counts.
 #
 # And if nothing is freed? Then all weights are there at once:
 
@@ -164,8 +168,8 @@ for name, (height, width) in shared.items():
 
 # %% [markdown]
 # *What to see*: white lines enclose what shares a scale. A bright spot spoils the steps of its own block only. The smaller
-# the block, the smaller the error, and the more the scales cost. FLUX.1's rows have 3,072 weights or more, so a scale a row
-# costs 0.01 bits a weight.
+# the block, the smaller the error, and the more the scales cost. Nearly all of FLUX.1's rows have 3,072 weights or more, so
+# a scale a row costs 0.01 bits a weight.
 #
 # ### Tokens have outliers
 #
@@ -530,9 +534,9 @@ show(
 )
 
 # %% [markdown]
-# *What to see*: orange bars are reading the next block, blue ones below them computing this one, red ones waiting for
-# a block that was not there yet. Below, the memory: never more than two blocks. Where red shows, reading was the
-# slower part.
+# *What to see*: orange bars are reading the next block, blue ones below them computing this one, red ones putting
+# a block into place, and waiting for it if it was not there yet. Where a red bar is longer than the usual sliver, reading
+# was the slower part. Below, the memory: never more than two blocks.
 #
 # `streamed(folder, memory_budget)` does this from files, `offloaded(model, device, memory_budget)` from memory:
 
@@ -785,10 +789,7 @@ assert torch.equal(first, hoisted_image)
 # %%
 def planned_bars(pixels=1024, bits="8", hoisted=True, stream=False):
     made = plan("dev", height=pixels, width=pixels, bits=int(bits), hoisted=hoisted, stream=stream)
-    rows = {
-        stage.name: {"weights": stage.weights / 1e9, "activations": stage.activations / 1e9}
-        for stage in made.stages
-    }
+    rows = {stage.name: in_gb(stage) for stage in made.stages}
     label = f"GB (FLUX.1-dev, {pixels} x {pixels} pixels), peak {made.peak / 1e9:.2f} GB"
     return plots.stacked_bars(rows, xlabel=label, marks={"16 GB": 16})
 
@@ -799,7 +800,7 @@ explore(
     bits=["16", "8", "4"],
     hoisted=bool,
     stream=bool,
-    alt="Three bars, encode, denoise and decode, of weights and activations in GB, with a mark at 16 GB.",
+    alt="Three bars, encode, denoise and decode, of weights and what is needed beside them in GB, with a mark at 16 GB.",
 )
 
 # %% [markdown]

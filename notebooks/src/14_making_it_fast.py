@@ -210,12 +210,13 @@ step_time = timings["ours, fast"].seconds
 # noise level, the guidance and the pooled text, **not on the picture**. So all 28 steps can be asked at once, before the
 # loop, and a step only reads its row.
 #
-# *Prediction.* A linear layer with one row reads all its weights for two FLOPs each: memory counts, and 77 calls.
+# *Prediction.* A linear layer with one row reads all its weights for two FLOPs each: memory counts, and two calls for
+# each of 77 layers.
 
 # %%
 linears = quick.modulations
 weight_bytes = sum(4 * linear.weight.numel() for linear in linears)
-predicted = len(linears) * linear_call + weight_bytes / bandwidth
+predicted = len(linears) * (linear_call + small_call) + weight_bytes / bandwidth
 signal = torch.randn(1, 1, mini.transformer.inner_dim)
 
 
@@ -464,8 +465,7 @@ show(
 
 # %% [markdown]
 # *What to see*: where diamond and dot are close, the formula has understood the machine. Where they are not, something else
-# is at work. A norm has some work of its own, so one call for four is not a quarter of the time. Weights that were used a
-# moment ago are still in the **cache**, a small fast memory in the processor, so they move faster than $B$ says. A check of a
+# is at work. A norm has some work of its own, so one call for four is not a quarter of the time. A check of a
 # function with many arguments costs more than one of the small function that we timed. And a part of a step is neither calls
 # nor products: GELU and norms are paid for every picture of a batch.
 #
@@ -584,16 +584,16 @@ show(
 
 
 # %%
-def linear_work(rows, d_in, d_out, number=4):
-    """FLOPs and intensity of a linear layer."""
+def linear_work(rows, d_in, d_out):
+    """FLOPs and intensity of a linear layer in float32."""
     flops = 2 * rows * d_in * d_out
-    return flops, flops / (number * (rows * d_in + d_in * d_out + rows * d_out))
+    return flops, flops / (4 * (rows * d_in + d_in * d_out + rows * d_out))
 
 
-def attention_work(sequence, dim, number=4):
+def attention_work(sequence, dim):
     """FLOPs and intensity of an attention product: queries, keys and values are read, the result is written."""
     flops = 4 * sequence**2 * dim
-    return flops, flops / (number * 4 * sequence * dim)
+    return flops, flops / (4 * 4 * sequence * dim)
 
 
 # %%
@@ -619,9 +619,9 @@ whole = sum(work["miniature"].values())
 points["miniature: whole fast step"] = (whole / step_bytes, whole / step_time)
 width, sequence = FLUX_1_DEV.transformer.inner_dim, FLUX_1_DEV.tokens + FLUX_1_DEV.length
 marks = {
-    "FLUX.1-dev: modulation layer, 1 row": linear_work(1, width, 3 * width, 2)[1],
-    "FLUX.1-dev: fused projection": linear_work(sequence, width, 7 * width, 2)[1],
-    "FLUX.1-dev: attention product": attention_work(sequence, width, 2)[1],
+    "FLUX.1-dev: modulation layer, 1 row": linear_work(1, width, 3 * width)[1],
+    "FLUX.1-dev: fused projection": linear_work(sequence, width, 7 * width)[1],
+    "FLUX.1-dev: attention product": attention_work(sequence, width)[1],
 }
 
 # %%
@@ -639,8 +639,9 @@ for name, (intensity, reached) in points.items():
 # *What to see*: the roof's corner is where arithmetic and memory take equally long. A layer with one row stands far to the
 # left in both models: that is the modulation, and that is why hoisting it is right at every size. The big products of
 # FLUX.1-dev stand far to the right, under the flat part: only a higher $R$ helps them (a better library, bfloat16, a GPU), and no amount of
-# cleverness around them. The miniature's dots hang *below* the roof: neither arithmetic nor memory holds them, but $n\,t_0$.
-# A dot above the slope had its numbers in the cache.
+# cleverness around them. The miniature's dots hang *below* the roof: the small ones and the whole step because of $n\,t_0$, the
+# two products mostly because they are too small for the library to reach $R$. A dot above the slope had its numbers in the
+# **cache**, a small fast memory in the processor.
 #
 # ## The real code
 #
@@ -912,7 +913,7 @@ show(
         xlabel="call, sorted by its time",
         ylabel="milliseconds",
     ),
-    alt="Forty times of the same step, sorted: most are alike, some are much longer.",
+    alt="Forty times of the same step, sorted: they rise from the shortest to the longest.",
 )
 print(f"shortest {times[0]:.1f} ms, median {times[20]:.1f} ms, longest {times[-1]:.1f} ms")
 
@@ -920,21 +921,21 @@ print(f"shortest {times[0]:.1f} ms, median {times[20]:.1f} ms, longest {times[-1
 # Two single measurements may stand anywhere on this curve. A difference smaller than its height means nothing: take medians of
 # alternating calls.
 #
-# **"Compiling is always worth it."** Only after enough pictures. If compiling takes a minute, it must save a minute:
+# **"Compiling is always worth it."** Only after enough pictures. If compiling takes a minute, it must save a minute. From
+# the stored benchmark:
 
 # %%
-saved = [
-    sides["fast"]["seconds"]["median"] - sides["fast compiled"]["seconds"]["median"]
-    for name, sides in cases.items()
-    if "fast compiled" in sides and name.startswith("end to end")
-]
-for each in saved:
+for batch in (1, 8):
+    sides = cases[f"end to end, 28 steps, batch {batch}"]
+    eager, compiled = (
+        sides[side]["seconds"]["median"] / batch for side in ("fast", "fast compiled")
+    )
     after = (
-        f"a minute of compiling is earned back after {60 / each:.0f} pictures"
-        if each > 0
+        f"a minute of compiling is earned back after {60 / (eager - compiled):,.0f} pictures"
+        if eager > compiled
         else "it never pays"
     )
-    print(f"compiled saves {each:.2f} s a picture in the stored benchmark: {after}")
+    print(f"{batch} at a time: compiled saves {eager - compiled:.2f} s a picture: {after}")
 
 # %% [markdown]
 # **"Caching makes it faster for free."** You have seen its error above. Whoever gives a speed-up by caching must give the error

@@ -100,6 +100,9 @@ REWRITTEN = {
         nn.RMSNorm(x.shape[2], eps=1e-6, elementwise_affine=False)(x) * (1 + row(scale)) + row(shift)
     ),
     ("modulated", "shift scaled too"): lambda x, shift, scale: norm(x) * (1 + row(scale)) + row(shift) + row(shift * scale),
+    ("modulated", "default eps"): lambda x, shift, scale: (
+        nn.LayerNorm(x.shape[2], elementwise_affine=False)(x) * (1 + row(scale)) + row(shift)
+    ),
     ("gated_sublayer", "gate on the input"): gate_in,
     ("gated_sublayer", "shift and scale on the output"): after,
     ("gated_sublayer", "no residual"): sub,

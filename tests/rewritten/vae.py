@@ -21,9 +21,7 @@ REWRITTEN = {
     ("unscale_latents", "shift with the wrong sign"): lambda z, scale, shift: -(shift - z / scale),
     ("unscale_latents", "no shift"): lambda z, scale, shift: z * (1 / scale),
     ("unscale_latents", "scale and shift swapped"): lambda z, scale, shift: scale + z / shift,
-    ("kl_divergence", "logvar taken for the variance"): lambda mean, var: (
-        (mean.square() + var - torch.log(abs(var)) - 1).flatten(1).sum(1) / 2
-    ),
+    ("kl_divergence", "logvar taken for the variance"): lambda mean, var: (mean.square() + var - torch.log(var) - 1).flatten(1).sum(1) / 2,
     ("kl_divergence", "logvar taken for the log of the deviation"): lambda mean, logstd: (
         (mean.square() + logstd.exp().square() - 1).flatten(1).sum(1) / 2 - logstd.flatten(1).sum(1)
     ),

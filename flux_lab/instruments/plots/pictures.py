@@ -9,7 +9,7 @@ from IPython.display import display
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from flux_lab.instruments.style import BLUE, CYCLE, DPI, INK, PAPER, SIGNED, WIDTH
@@ -20,6 +20,7 @@ LABELS = 1.15  # inches for the names of the rows
 LARGEST = 2.6  # inches of one image, at most
 MARKERS = "osD^v"
 JPEG_QUALITY = 85
+FALSE_COLOR = 40  # of 255
 ROW_NAMES = {"latents": "latents,\ndecoded", "x0": "predicted\npicture x0"}
 
 
@@ -33,8 +34,16 @@ def encoded(picture: Figure | Image.Image) -> tuple[str, bytes]:
     if _is_photographic(picture):
         return "image/jpeg", _written(picture, "jpeg", quality=JPEG_QUALITY)
     buffer = io.BytesIO()
-    Image.open(io.BytesIO(png(picture))).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)
+    with_palette(Image.open(io.BytesIO(png(picture))).convert("RGB")).save(buffer, format="png", optimize=True)
     return "image/png", buffer.getvalue()
+
+
+def with_palette(image: Image.Image) -> Image.Image:
+    """An RGB image in 256 colours. The usual choice, by median cut, may give a rare colour no place, such as those of a colour bar: where
+    one is off by more than `FALSE_COLOR`, colours are chosen that cover all."""
+    usual = image.quantize(256)
+    off = max(high for _, high in ImageChops.difference(usual.convert("RGB"), image).getextrema())
+    return image.quantize(256, Image.Quantize.MAXCOVERAGE) if off > FALSE_COLOR else usual
 
 
 def _written(picture: Figure | Image.Image, file_format: str, **options: int) -> bytes:
