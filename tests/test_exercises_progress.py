@@ -85,7 +85,7 @@ def test_place(platform: str, variable: str | None, expected: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"exercises": []}', b'{"exercises": {"a": 3}}'),
+        *(b"", b"{", b"\xff\xfe", b"[]", b"{}", b'{"exercises": []}', b'{"exercises": {"a": 3}}', b"[" * 100_000),
         b'{"exercises": {"a": {"attempts": "3"}}}',
         *(b'{"exercises": {"a": {"solved": %s}}}' % solved for solved in (b'"yes"', b'""', b"true")),
     ],

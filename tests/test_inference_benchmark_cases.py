@@ -47,6 +47,7 @@ COUNTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_sides_agree(settings, name):
     cases = list(CASES[name](settings))

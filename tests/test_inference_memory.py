@@ -37,6 +37,7 @@ def peaks(staged, texts, batch):
     return {name: (peak, made[name].peak) for name, peak in measured.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hoisted", [True, False], ids=["hoisted", "as it is"])
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
 def test_planned_peak_is_the_measured_one(folder, scheme, hoisted):

@@ -65,6 +65,7 @@ def test_both_versions(text, folder, limit_file, usable, tmp_path, monkeypatch):
         assert group.command(["run", "it"])[-3:] == [str(group.folder / "cgroup.procs"), "run", "it"]
 
 
+@pytest.mark.slow
 def test_addresses_are_limited():
     code = f"from flux_lab.inference.memory_limit import limit_addresses; limit_addresses(10**9); {TAKE}"
     done = [

@@ -39,6 +39,7 @@ def staged_pipe(folder, **options):
 OPTIONS = {"hoisted": {}, "as it is": {"hoisted": False}, "streamed": {"stream": True}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("case", ["prompt_2", "negative_2", "batch", "sigmas"])
 def test_same_picture_as_the_plain_pipeline(folder, case, options):
@@ -48,6 +49,7 @@ def test_same_picture_as_the_plain_pipeline(folder, case, options):
     assert torch.equal(given, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_picture_of_the_miniature(dtype):
     arguments = {"prompt": PROMPT, "negative_prompt": "a cone", "true_cfg_scale": 2.0, "num_inference_steps": 2}

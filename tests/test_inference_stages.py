@@ -30,6 +30,7 @@ def whole(kind, config, bits, passes=0):
         return quantize(model, SCHEME_OF_BITS[bits]) if SCHEME_OF_BITS[bits] else model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hoisted", [True, False])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_weights_are_those_of_the_whole_transformer(bits, hoisted):

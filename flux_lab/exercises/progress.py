@@ -86,7 +86,7 @@ def read(file: Path) -> dict[str, Entry]:
         return {name: Entry(**entry) for name, entry in content["exercises"].items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         kept = set_aside(file, "broken")
         warnings.warn(f"{file} is not a progress file ({type(error).__name__}: {error}). It was renamed to {kept.name}", stacklevel=2)
         return {}

@@ -82,6 +82,7 @@ def test_solution_without_exercise_is_refused(tmp_path: Path) -> None:
         build.read_source(source)
 
 
+@pytest.mark.slow
 def test_build_is_clean_and_the_same_twice(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notebook = build.build(source)
     build.write(notebook, build.target(source))

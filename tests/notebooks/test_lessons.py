@@ -149,6 +149,7 @@ def test_notebook_was_run_from_top_to_bottom(source: Path) -> None:
     assert counts == list(range(1, len(counts) + 1))
 
 
+@pytest.mark.slow
 @NOTEBOOKS
 def test_every_widget_is_a_picture_in_html(source: Path) -> None:
     notebook = committed(source)
