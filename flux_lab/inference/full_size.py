@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flux_lab.checkpoints import TRANSFORMER
+from flux_lab.checkpoints import TRANSFORMER, check_device
 from flux_lab.config import FluxTransformer2DConfig
 from flux_lab.files import write_json
-from flux_lab.inference.budget import check_device, gb, parse_bytes
+from flux_lab.inference.budget import gb, parse_bytes
 from flux_lab.inference.hoisting import Conditioning
 from flux_lab.inference.int8 import integer_product
 from flux_lab.inference.loading import load_lean, open_model

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux_lab.checkpoints import COMPONENTS, CheckpointError, Component, weight_files_of
+from flux_lab.checkpoints import COMPONENTS, CheckpointError, Component, check_device, weight_files_of
 from flux_lab.config import Config
-from flux_lab.inference.budget import check_device
 from flux_lab.inference.hoisting import Conditioning, hoist
 from flux_lab.inference.quantization import LOADERS, SCHEMES, check_finite, linear_names, quantize, stored_scheme
 from flux_lab.inference.weight_files import WeightFiles
@@ -36,14 +35,15 @@ def load_lean(
     is. Raises CheckpointError for a file that does not fit its configuration, or that is quantized by another scheme.
     """
     model, read = open_model(folder, device, dtype, conditionings)
-    if scheme is not None and folder_scheme(folder) is None:
+    stored = folder_scheme(folder)
+    if scheme is not None and stored is None:
         for name in linear_names(model):
             linear = model.get_submodule(name)
             assign(linear, below(name, read(within(name, linear))))
             check_finite(name, linear)
             model.set_submodule(name, SCHEMES[scheme].from_linear(linear))
-    elif scheme not in (None, folder_scheme(folder)):
-        raise CheckpointError(folder, f"weights quantized as {scheme}", folder_scheme(folder))
+    elif scheme not in (None, stored):
+        raise CheckpointError(folder, f"weights quantized as {scheme}", stored)
     assign(model, read(name for name, tensor in tensors_of(model).items() if tensor.is_meta))
     return model
 
@@ -55,13 +55,17 @@ def open_model(
     conditionings: Sequence[Conditioning] = (),
     mapped: bool = True,
 ) -> tuple[nn.Module, Read]:
-    """The model on `meta`, hoisted if there are conditionings, and a function that reads its tensors by their names.
+    """The transformer or T5 of a folder on `meta`, quantized as its file is and hoisted if there are conditionings, and a function that
+    reads its tensors by their names.
 
     `mapped`: what is read on the CPU is the file itself; else it is a copy whose memory is used again.
-    Raises CheckpointError for a file that does not fit the configuration, ValueError for a device that is not there.
+    Raises CheckpointError for another folder or a file that does not fit the configuration, ValueError for a device that is not there.
     """
     check_device(device)
-    model, files = empty_model(folder), WeightFiles(component_of(folder)[0], folder, dtype)
+    component, config = read_component(folder)
+    model, files = component.empty(config).eval().requires_grad_(False), WeightFiles(component, folder, dtype)
+    if stored := folder_scheme(folder):
+        model = quantize(model, stored)
     from_disk = files.read if mapped else files.copy
     for name, tensor in tensors_of(model).items():
         found = tuple(files.empty(name).shape) if name in files else "nothing"
@@ -79,21 +83,13 @@ def open_model(
     return model, read
 
 
-def empty_model(folder: str | Path) -> nn.Module:
-    """The transformer or T5 of a folder on `meta`, quantized as its file is. Raises CheckpointError for another folder."""
-    component, config = component_of(folder)
-    model = component.empty(config).eval().requires_grad_(False)
-    scheme = folder_scheme(folder)
-    return quantize(model, scheme) if scheme else model
-
-
 def folder_scheme(folder: str | Path) -> str | None:
     """How the files of a transformer or T5 are quantized. Raises CheckpointError for another folder."""
-    component, _ = component_of(folder)
+    component, _ = read_component(folder)
     return next(filter(None, map(stored_scheme, weight_files_of(component, Path(folder)))), None)
 
 
-def component_of(folder: str | Path) -> tuple[Component, Config]:
+def read_component(folder: str | Path) -> tuple[Component, Config]:
     """Whether a folder holds a transformer or T5, and its configuration. Raises CheckpointError for another folder."""
     file = Path(folder) / "config.json"
     if not file.is_file():

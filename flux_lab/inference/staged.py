@@ -14,11 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from flux_lab.autoencoder import AutoencoderKL
-from flux_lab.checkpoints import CheckpointError, empty_weights, load_autoencoder, load_clip, load_scheduler, local_folder, read_model_index
+from flux_lab.checkpoints import (
+    CheckpointError,
+    check_device,
+    empty_weights,
+    load_autoencoder,
+    load_clip,
+    load_scheduler,
+    local_folder,
+    read_model_index,
+)
 from flux_lab.clip import CLIPTextOutput
 from flux_lab.clip_tokenizer import CLIPTokenizer
 from flux_lab.image_processor import check_output_type
-from flux_lab.inference.budget import check_device, parse_bytes
+from flux_lab.inference.budget import parse_bytes
 from flux_lab.inference.hoisting import Conditioning, rehearse
 from flux_lab.inference.live_bytes import bytes_of
 from flux_lab.inference.loading import folder_scheme, load_lean

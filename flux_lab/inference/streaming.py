@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux_lab.inference.budget import check_device, gb, parse_bytes
+from flux_lab.checkpoints import check_device
+from flux_lab.inference.budget import gb, parse_bytes
 from flux_lab.inference.hoisting import Conditioning
 from flux_lab.inference.loading import Read, assign, open_model, tensors_of
 from flux_lab.t5 import T5EncoderModel

@@ -89,14 +89,23 @@ show(
 
 # %%
 K = 5
-block, caught = model.transformer_blocks[K], {}
-handle = block.register_forward_pre_hook(
-    lambda module, args, given: caught.update(given), with_kwargs=True
-)
-for state in pipe.steps(PROMPT, num_inference_steps=STEPS, generator=seeded()):
-    if state.index == STEP:
-        break
-handle.remove()
+block = model.transformer_blocks[K]
+
+
+def catch(generator):
+    """What goes into the block at step `STEP`."""
+    caught = {}
+    handle = block.register_forward_pre_hook(
+        lambda module, args, given: caught.update(given), with_kwargs=True
+    )
+    for state in pipe.steps(PROMPT, num_inference_steps=STEPS, generator=generator):
+        if state.index == STEP:
+            break
+    handle.remove()
+    return caught
+
+
+caught = catch(seeded())
 image, text = caught["hidden_states"], caught["encoder_hidden_states"]
 temb, rotation = caught["temb"], caught["image_rotary_emb"]
 
@@ -564,14 +573,7 @@ show(
 # our picture and once beside that of another seed:
 
 # %%
-other = {}
-handle = block.register_forward_pre_hook(
-    lambda module, args, given: other.update(given), with_kwargs=True
-)
-for state in pipe.steps(PROMPT, num_inference_steps=STEPS, generator=seeded().manual_seed(1)):
-    if state.index == STEP:
-        break
-handle.remove()
+other = catch(seeded().manual_seed(1))
 first, _ = block(**caught)
 second, _ = block(**caught | {"hidden_states": other["hidden_states"]})
 change = (first - second).norm() / (first - text).norm()
